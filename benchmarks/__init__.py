@@ -1,0 +1,1 @@
+"""Benchmarks and the model zoos that they and the tests run over."""
