@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 from maskprop import Masks, load_masks, make_prune_permanent
@@ -314,8 +314,8 @@ def test_computed_weights(net: Net) -> None:
 
 def test_values(net: Net) -> None:
     assert raises(net, MaskValueError, {"conv1.weight": ROWS * 0.5}) == (
-        "mask for 'conv1.weight' has the value 0.5 at (1, 0, 0, 0); 32 of its 64 values are neither 0 (pruned) "
-        "nor 1 (kept). Scores are not masks: threshold them, for example mask = scores > threshold."
+        "mask for 'conv1.weight' has the value 0.5 at (1, 0, 0, 0); 32 of its 64 values are neither 0 "
+        "(pruned) nor 1 (kept). Scores are not masks: threshold them, for example mask = scores > threshold."
     )
     assert raises(net, MaskValueError, {"scale": torch.full((64,), torch.nan)}) == (
         "mask for 'scale' has the value nan at (0,); 64 of its 64 values are neither 0 (pruned) nor 1 "
@@ -341,13 +341,15 @@ def test_devices(net: Net) -> None:
 
 
 def test_mask_on_another_device() -> None:
-    """Fake tensors claim a device that need not be there: this runs without an accelerator."""
-    with FakeTensorMode():
-        model = nn.Linear(4, 4, device="cuda:0")
+    """A fake tensor claims a device that need not be there: this runs without an accelerator."""
+    model = nn.Linear(4, 4)
+    fake = FakeTensor(FakeTensorMode(), torch.empty(4, 4, device="meta"), torch.device("cuda:0"))
+    model.weight = nn.Parameter(fake)
     with pytest.raises(MaskDeviceError) as caught:
         load_masks(model, {"weight": torch.ones(4, 4)})
     assert str(caught.value) == (
-        "mask for 'weight' is on cpu; the parameter is on cuda:0. Pass map_location='cuda:0', or move the mask."
+        "mask for 'weight' is on cpu; the parameter is on cuda:0. Pass map_location='cuda:0', "
+        "or move the mask."
     )
 
 
