@@ -1,1 +1,1 @@
-"""Models to try the engine on: handmade ones, torchvision, timm and transformers; and maskings for them all."""
+"""Models to try the engine on: handmade, torchvision, timm and transformers; and maskings for them all."""

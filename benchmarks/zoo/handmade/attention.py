@@ -221,7 +221,7 @@ class ViTBlock(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         qkv = (
             self.qkv(self.norm1(x))
             .reshape(batch, length, 3, self.num_heads, self.head_dim)
@@ -252,7 +252,7 @@ class ViT(nn.Module):
 
 @ATTENTION(images(3, 8, 8))
 class Swin(nn.Module):
-    """Rolled windows, a relative-position bias table with a column a head, ``C // self.num_heads`` in forward."""
+    """Rolled windows, a table of position biases with a column a head, ``C // self.num_heads`` in forward."""
 
     def __init__(self, width: int = 24, heads: int = 4, window: int = 4) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class EinsumAttention(nn.Module):
 
 @ATTENTION(sequences(6, 24), stretches=True)
 class RelativeBias(nn.Module):
-    """T5's: a bias from an embedding of bucketed distances with a column a head; no scale; inner width of its own."""
+    """T5's: a bias a head from an embedding of distances; no scale; an inner width of its own."""
 
     def __init__(self, width: int = 24, heads: int = 4, dims: int = 8) -> None:
         super().__init__()
@@ -375,35 +375,3 @@ class BiasedValues(nn.Module):
         q, k = (split_heads(t, self.heads) for t in self.qk(x).chunk(2, -1))
         weights = self.dropout((q @ k.transpose(-1, -2) / self.dims**0.5).softmax(-1))
         return self.out(merge_heads(weights @ split_heads(self.v(x), self.heads)))
-
-
-@ATTENTION(sequences(6, 24), stretches=True)
-class TorchEncoder(nn.Module):
-    """``nn.TransformerEncoder`` with ``batch_first``: MultiheadAttention, its fast path, dropouts."""
-
-    def __init__(self, width: int = 24, heads: int = 4, hidden: int = 32) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(x).mean(1))
-
-
-@ATTENTION(sequences(6, 24), stretches=True)
-class TorchAttention(nn.Module):
-    """``nn.MultiheadAttention`` as self-attention (fused weights) and cross-attention (separate ones)."""
-
-    def __init__(self, width: int = 24, heads: int = 4, memory: int = 10) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads)
-        self.reduce = nn.Linear(width, memory)
-        self.cross = nn.MultiheadAttention(width, heads, kdim=memory, vdim=memory, batch_first=True)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.transpose(0, 1)
-        y = x + self.attention(y, y, y, need_weights=False)[0].transpose(0, 1)
-        memory = self.reduce(x)
-        return self.head(self.norm(y + self.cross(y, memory, memory)[0]))

@@ -160,7 +160,7 @@ class GroupedUneven(nn.Module):
 
 @CONVNETS(images(3, 12, 12))
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand, depthwise, linear bottleneck, residual; padded depthwise constants vary."""
+    """MobileNetV2's block: expand, padded depthwise, linear bottleneck, residual."""
 
     def __init__(self, width: int = 8, expansion: int = 3) -> None:
         super().__init__()

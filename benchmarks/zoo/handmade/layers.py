@@ -15,7 +15,7 @@ LAYERS = Zoo()
 
 
 class Around(nn.Module):
-    """A layer between a producer and a consumer, with an activation after the producer and one after the layer."""
+    """A layer between a producer and a consumer, with activations between them."""
 
     def __init__(self, producer: nn.Module, layer: nn.Module, consumer: nn.Module) -> None:
         super().__init__()
@@ -217,3 +217,35 @@ _recurrent("gru", nn.GRU, batch_first=True, num_layers=2)
 _recurrent("lstm", nn.LSTM)
 _recurrent("lstm_stacked", nn.LSTM, batch_first=True, num_layers=2, bidirectional=True)
 _recurrent("lstm_unbiased", nn.LSTM, batch_first=True, bias=False)
+
+
+@LAYERS(sequences(6, 24), stretches=True)
+class TorchEncoder(nn.Module):
+    """``nn.TransformerEncoder`` with ``batch_first``: MultiheadAttention, its fast path, dropouts."""
+
+    def __init__(self, width: int = 24, heads: int = 4, hidden: int = 32) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+@LAYERS(sequences(6, 24), stretches=True)
+class TorchAttention(nn.Module):
+    """``nn.MultiheadAttention`` as self-attention (fused weights) and cross-attention (separate ones)."""
+
+    def __init__(self, width: int = 24, heads: int = 4, memory: int = 10) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads)
+        self.reduce = nn.Linear(width, memory)
+        self.cross = nn.MultiheadAttention(width, heads, kdim=memory, vdim=memory, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.transpose(0, 1)
+        y = x + self.attention(y, y, y, need_weights=False)[0].transpose(0, 1)
+        memory = self.reduce(x)
+        return self.head(self.norm(y + self.cross(y, memory, memory)[0]))

@@ -185,7 +185,7 @@ class NestedInputs(nn.Module):
 
 @PYTHON(images(3, 8, 8))
 class DeadBranch(nn.Module):
-    """A branch whose result is thrown away, a layer that is never called, an auxiliary head for training only."""
+    """A branch whose result is thrown away, a layer never called, an auxiliary head for training."""
 
     def __init__(self) -> None:
         super().__init__()
