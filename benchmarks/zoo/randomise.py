@@ -62,7 +62,7 @@ def _randomise_parameter(
         parameter.copy_(_normal(parameter, generator) * fan_in(module) ** -0.5)
     elif parameter.ndim >= 2 and isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         parameter.copy_(_normal(parameter, generator) * (2 / parameter.shape[-1]) ** 0.5)
-    elif name.startswith(("bias", "in_proj_bias", "bias_")) and parameter.ndim == 1:
+    elif name.startswith(("bias", "in_proj_bias")) and parameter.ndim == 1:
         parameter.copy_(0.5 * _normal(parameter, generator))
     else:
         parameter.copy_(_near(parameter, generator))
