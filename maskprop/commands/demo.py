@@ -1,0 +1,61 @@
+"""`maskprop demo`: train, prune, speed up, compare. It needs no network and takes under a minute."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from maskprop.commands import Command
+from maskprop.errors import OptionError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the demo."""
+    default = "(default: %(default)s)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the report and a picture there")
+    parser.add_argument("--sparsity", type=float, default=0.7, help=f"share of rows to prune {default}")
+    parser.add_argument("--epochs", type=int, default=12, help=f"epochs of training {default}")
+    parser.add_argument("--seed", type=int, default=0, help=f"for data, weights and batches {default}")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the options, run the demo, print its table."""
+    if not 0 <= arguments.sparsity < 1:
+        raise OptionError(f"--sparsity is {arguments.sparsity}; it is a share, at least 0 and below 1.")
+    if arguments.epochs < 1:
+        raise OptionError(f"--epochs is {arguments.epochs}; give at least 1.")
+    if arguments.out is not None:
+        _create(arguments.out)
+
+    from rich.console import Console
+
+    from maskprop.demo.run import demo
+
+    demo(
+        Console(),
+        arguments.out,
+        sparsity=arguments.sparsity,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        progress=not arguments.no_progress,
+    )
+    return 0
+
+
+def _create(out: Path) -> None:
+    """Create the directory before anything takes time."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"--out {out}: this directory cannot be created ({error.strerror}). Choose another."
+        ) from error
+
+
+COMMAND = Command(
+    "demo",
+    "Train a small network on handwritten digits, prune it, speed it up, and compare.",
+    add_arguments,
+    run,
+)
