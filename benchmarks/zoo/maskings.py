@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .specimen import Inputs
-from .structure import Masks, Site, Structure, first_heads, path
+from .structure import Masks, Site, Structure, first_heads, keep, path
 
 Masking = Callable[[Structure, torch.Generator], Masks]
 
@@ -63,7 +63,7 @@ def conflicts(structure: Structure, generator: torch.Generator) -> Masks:
                 axis = axes[int(torch.randint(len(axes), (), generator=generator))]
                 shape = [-1 if other == axis else 1 for other in range(parameter.ndim)]
                 removed = random_half(parameter.shape[axis], generator).view(shape)
-                masks[path(name, own)] = (~removed).expand(parameter.shape).float()
+                masks[path(name, own)] = keep(removed)
     return masks
 
 
@@ -83,7 +83,7 @@ def _rows(
         if behind is not None and with_norm:
             for own, parameter in structure.model.get_submodule(behind).named_parameters(recurse=False):
                 if parameter.shape == removed.shape:
-                    _merge(masks, {path(behind, own): (~removed).float()})
+                    _merge(masks, {path(behind, own): keep(removed)})
     for name, module in structure.model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             _merge(masks, _attention_rows(name, module, half(module.embed_dim), bias()))
@@ -101,9 +101,7 @@ def _recurrent_units(name: str, module: nn.RNNBase, half: Callable[[int], torch.
             removed = half(module.hidden_size)
         if parameter.ndim == 2 or bias:
             rows = removed.repeat(gates)
-            masks[path(name, own)] = (
-                (~(rows if parameter.ndim == 1 else rows[:, None])).expand(parameter.shape).float()
-            )
+            masks[path(name, own)] = keep(rows if parameter.ndim == 1 else rows[:, None])
     return masks
 
 
@@ -117,7 +115,7 @@ def _attention_rows(
             rows = removed.repeat(parameter.shape[0] // removed.numel())
             if parameter.ndim == 2 or bias:
                 rows = rows[:, None] if parameter.ndim == 2 else rows
-                masks[path(name, own)] = (~rows).expand(parameter.shape).float()
+                masks[path(name, own)] = keep(rows)
     return masks
 
 
@@ -140,7 +138,7 @@ def heads_out(structure: Structure, generator: torch.Generator) -> Masks:
         _merge(masks, consumer.columns(odd.repeat_interleave(consumer.inputs // site.heads)))
     for name, module in _torch_attention(structure):
         odd = (torch.arange(module.num_heads) % 2 == 1).repeat_interleave(module.head_dim)
-        _merge(masks, {path(name, "out_proj.weight"): (~odd).expand_as(module.out_proj.weight).float()})
+        _merge(masks, {path(name, "out_proj.weight"): keep(odd)[None]})
     return masks
 
 
@@ -175,7 +173,7 @@ def dims_out(structure: Structure, generator: torch.Generator) -> Masks:
         _merge(masks, consumer.columns(removed))
     for name, module in _torch_attention(structure):
         removed = torch.cat([random_half(module.head_dim, generator) for _ in range(module.num_heads)])
-        _merge(masks, {path(name, "out_proj.weight"): (~removed).expand_as(module.out_proj.weight).float()})
+        _merge(masks, {path(name, "out_proj.weight"): keep(removed)[None]})
     return masks
 
 
@@ -220,9 +218,9 @@ def mlp(structure: Structure, generator: torch.Generator) -> Masks:
     for site in structure.mlps:
         removed = random_half(structure.calls[site.index].layer.inputs, generator)
         _merge(masks, _producing(structure, site, removed))
-    for gate_up, _, hidden in _experts(structure.model):
+    for name, hidden in _experts(structure.model):
         rows = random_half(hidden, generator).repeat(2)
-        _merge(masks, {gate_up[0]: (~rows)[:, None].expand(gate_up[1].shape).float()})
+        _merge(masks, {path(name, "gate_up_proj"): keep(rows)[None, :, None]})
     return masks
 
 
@@ -231,22 +229,23 @@ def mlp_out(structure: Structure, generator: torch.Generator) -> Masks:
     for site in structure.mlps:
         consumer = structure.calls[site.index].layer
         _merge(masks, consumer.columns(random_half(consumer.inputs, generator)))
-    for _, down, hidden in _experts(structure.model):
-        _merge(masks, {down[0]: (~random_half(hidden, generator)).expand(down[1].shape).float()})
+    for name, hidden in _experts(structure.model):
+        _merge(masks, {path(name, "down_proj"): keep(random_half(hidden, generator))[None, None]})
     return masks
 
 
-def _experts(model: nn.Module) -> list[tuple[tuple[str, torch.Tensor], tuple[str, torch.Tensor], int]]:
-    """Stacked experts: parameters of shape (experts, 2 * hidden, width) and (experts, width, hidden)."""
+def _experts(model: nn.Module) -> list[tuple[str, int]]:
+    """Names and hidden widths of modules with stacked experts.
+
+    Those hold parameters of shape (experts, 2 * hidden, width) and (experts, width, hidden).
+    """
     found = []
     for name, module in model.named_modules():
         gate_up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
         if gate_up is None or down is None or gate_up.ndim != 3:
             continue
         if gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]:
-            found.append(
-                ((path(name, "gate_up_proj"), gate_up), (path(name, "down_proj"), down), down.shape[2])
-            )
+            found.append((name, down.shape[2]))
     return found
 
 
@@ -275,7 +274,7 @@ MASKINGS: dict[str, Masking] = {
 
 
 def make_masks(
-    model: nn.Module, inputs: Inputs, names: list[str] | None = None, seed: int = 0
+    model: nn.Module, inputs: Inputs, names: list[str] | None = None, seed: int = 0, full: bool = False
 ) -> dict[str, Masks]:
     """The maskings that a model has a place for.
 
@@ -284,6 +283,7 @@ def make_masks(
         inputs: what it is run with.
         names: of the wanted maskings; all by default.
         seed: of the random choices.
+        full: give every mask its parameter's shape; else masks broadcast to it, which keeps them small.
 
     Returns:
         Masking name -> masks by ``"module.parameter"``, 1 = keep.
@@ -300,6 +300,9 @@ def make_masks(
         for name in MASKINGS if names is None else names:
             masks = MASKINGS[name](structure, torch.Generator().manual_seed(seed))
             masks = _once_a_parameter(model, masks)
+            if full:
+                parameters = dict(model.named_parameters())
+                masks = {key: mask.expand(parameters[key].shape).clone() for key, mask in masks.items()}
             if masks:
                 found[name] = masks
         return found

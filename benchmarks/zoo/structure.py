@@ -23,7 +23,7 @@ from .specimen import Inputs, call
 Masks = dict[str, torch.Tensor]
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads")
-_HEAD_DIMS = ("head_dim", "attention_head_size", "dim_head", "key_dim")
+_HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "dim_head", "key_dim")
 #: How many layer calls back from a consumer its producers may lie.
 _WINDOW = 8
 
@@ -97,10 +97,10 @@ class Layer:
         """Masks that prune output units, with or without their biases."""
         if self.parameter is None:
             return {}
-        masks = {path(self.name, self.parameter): _mask(self.weight, self._rows_of(removed))}
+        masks = {path(self.name, self.parameter): keep(self._rows_of(removed))}
         parameter = self.module._parameters.get("bias")
         if bias and parameter is not None and parameter.shape == removed.shape:
-            masks[path(self.name, "bias")] = _mask(parameter, removed)
+            masks[path(self.name, "bias")] = keep(removed)
         return masks
 
     def columns(self, removed: torch.Tensor) -> Masks:
@@ -110,7 +110,7 @@ class Layer:
         axis = 0 if self.transposed or is_transposed_linear(self.module) else 1
         shape = [1] * self.weight.ndim
         shape[axis] = -1
-        return {path(self.name, "weight"): _mask(self.weight, removed.view(shape))}
+        return {path(self.name, "weight"): keep(removed.view(shape))}
 
     def _rows_of(self, removed: torch.Tensor) -> torch.Tensor:
         weight = self.weight
@@ -123,8 +123,9 @@ class Layer:
         return removed.view(shape)
 
 
-def _mask(parameter: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
-    return (~removed).expand(parameter.shape).to(torch.float32).clone()
+def keep(removed: torch.Tensor) -> torch.Tensor:
+    """The mask that removes what is True."""
+    return (~removed).float()
 
 
 @dataclass(frozen=True)
