@@ -1,0 +1,116 @@
+"""From facts to a plan: labels, solution, kept indices, constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from maskprop.align.constants import fold_constants
+from maskprop.align.couple import couple
+from maskprop.align.plan import Keep, Plan
+from maskprop.align.solve import Ints, Solution, carriers, multiple_of, never_empty, regularity
+from maskprop.graph.graph import shape_of
+from maskprop.infer.coupling import Coupling, Labels, Pin
+from maskprop.infer.sweep import Inference
+
+
+@dataclass
+class Alignment:
+    """The plan and what it was made from."""
+
+    coupling: Coupling
+    solution: Solution
+    plan: Plan
+    states: dict[str, fx.Node]
+
+    def expected_shape(self, node: fx.Node, index: int | None = None) -> tuple[int, ...]:
+        """The shape that a recorded value has in the compact model."""
+        meta = node.meta["tensor"]
+        labels = self.coupling.labels.get(node)
+        if index is not None:
+            meta, labels = meta[index], None if labels is None else labels[index]
+        shape = list(meta.shape)
+        if labels is None or all(a is None for a in labels):
+            return tuple(shape)
+        kept = [None if a is None else ~self.solution.leaves(a) for a in labels]
+        for axis, mask in enumerate(kept):
+            if mask is not None:
+                shape[axis] = _count(kept, axis)
+        return tuple(shape)
+
+
+def align(inference: Inference, constants: str = "exact", channel_multiple: int = 1, extra_pins: tuple[Pin, ...] = ()) -> Alignment:
+    """Solve for what leaves and lay out what stays.
+
+    Args:
+        inference: after its sweeps.
+        constants: ``"exact"``, ``"fold"`` (constants in biases only, borders approximate) or ``"drop"``.
+        channel_multiple: keep a multiple of this many units along every shrunk axis.
+        extra_pins: labels that stay for reasons found later (labels are numbered the same in every walk).
+    """
+    c = couple(inference, constants)
+    c.pins += extra_pins
+    states = {str(n.target): n for n in inference.graph.fx.nodes if n.op == "get_attr"}
+    owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
+    s = Solution(c, owned)
+    flat = [a for a in owned if a.numel() == max(a.shape)]
+    restore = [carriers(c), regularity(c.regulars), never_empty(owned)]
+    if channel_multiple > 1:
+        restore.append(multiple_of(flat, channel_multiple))
+    s.solve(restore)
+    plan = Plan()
+    for name, node in states.items():
+        keeps = _keeps(c.labels_of(node), s)
+        if keeps:
+            plan.shapes[name] = shape_of(node)
+            plan.keep[name] = keeps
+    fold_constants(plan, c, s)
+    return Alignment(c, s, plan, states)
+
+
+def _keeps(labels: Labels, s: Solution) -> list[Keep]:
+    """Kept indices of every axis of a tensor that shrinks."""
+    found: list[Keep] = []
+    kept = [None if a is None else ~s.leaves(a) for a in labels]
+    for axis, mask in enumerate(kept):
+        if mask is None or mask.all():
+            continue
+        over = tuple(d for d in range(mask.ndim) if d != axis and mask.shape[d] > 1)
+        if not over:
+            found.append(Keep(axis, torch.from_numpy(np.flatnonzero(mask.reshape(-1)))))
+            continue
+        rows: Ints = np.moveaxis(mask, axis, -1).astype(np.int64)
+        for d in over:  # rows of removed positions are dropped, as the tensor's are
+            other = kept[d]
+            if other is not None:
+                place = d if d < axis else d - 1
+                rows = rows.compress(other.reshape(-1) if other.size == max(other.shape) else np.ones(rows.shape[place], bool), axis=place)
+        count = int(rows.sum(-1).max())
+        order = np.argsort(1 - rows, axis=-1, kind="stable")[..., :count]
+        shape = [n for i, n in enumerate(order.shape[:-1]) if n > 1 or (i if i < axis else i + 1) in over]
+        found.append(Keep(axis, torch.from_numpy(np.ascontiguousarray(order)).reshape(*shape, count), over))
+    return found
+
+
+def _count(kept: list[np.ndarray | None], axis: int) -> int:  # type: ignore[type-arg]
+    """Units along an axis at the positions that stay."""
+    mask = kept[axis]
+    assert mask is not None
+    others = np.ones((1,) * mask.ndim, dtype=bool)
+    for i, other in enumerate(kept):
+        if i != axis and other is not None:
+            others = others & other
+    counts = mask.sum(axis, keepdims=True)
+    counts, others = np.broadcast_arrays(counts, others)
+    return int(np.where(others, counts, 0).max())
+
+
+def kept_of(alignment: Alignment, name: str) -> list[Tensor | None]:
+    """Kept indices an axis of a tensor, ``None`` where all stay."""
+    axes: list[Tensor | None] = [None] * len(shape_of(alignment.states[name]))
+    for keep in alignment.plan.keep.get(name, []):
+        axes[keep.axis] = keep.index
+    return axes

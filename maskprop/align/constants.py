@@ -1,0 +1,121 @@
+"""What removed constant units leave behind, in float64 from the full-size masked weights.
+
+* bias: ``y = W x + b`` with ``x_k = v`` for every input becomes ``W' x' + (b + W[:, k] v)``;
+* carrier: one constant unit ``c`` stays and stands for all, ``W[:, c] += W[:, k] v_k / v_c``; exact at padded
+  borders too, since all of them are the same map up to a factor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskprop.align.plan import Add, Plan
+from maskprop.align.solve import Solution
+from maskprop.infer.coupling import Contraction, Coupling
+from maskprop.infer.facts import Fact
+from maskprop.infer.op import Op
+from maskprop.infer.places import bias_place, weight_place
+
+
+def fold_constants(plan: Plan, c: Coupling, s: Solution) -> None:
+    """Add to the plan what the removed units' constants leave in their consumers."""
+    for contraction in c.contractions:
+        gone = torch.from_numpy(s.leaves(contraction.labels)) & contraction.nonzero
+        if bool(gone.any()):
+            (_fold_bias if contraction.place == "bias" else _fold_carrier)(plan, contraction, gone, c, s)
+
+
+def _is_convolution(op: Op) -> bool:
+    return op.target._schema.name == "aten::convolution"
+
+
+def _weights(op: Op, c: Coupling) -> Tensor:
+    """(G, O, I, *kernel) float64 masked weights of a contraction."""
+    if _is_convolution(op):
+        fact: Fact = c.facts[op.inputs[1]]
+        weight = fact.value().expand(op.shapes[1])
+        groups = op.arg("groups")
+        if op.arg("transposed"):
+            return weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return weight.unflatten(0, (groups, -1))
+    fact = c.facts[op.inputs[-1]]
+    return fact.value().expand(op.shapes[-1]).transpose(0, 1).unsqueeze(0)
+
+
+def _fold_bias(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> None:
+    place = bias_place(k.op.node)
+    assert place is not None
+    if place.kind == "cancel":
+        return
+    weight = _weights(k.op, c)
+    weight = weight.flatten(3).sum(-1) if weight.ndim > 3 else weight
+    constant = torch.where(gone, k.constant if k.constant.ndim == 1 else k.constant[:, 0], 0.0)
+    delta = torch.einsum("goi,gi->go", weight, constant.reshape(k.groups, -1)).reshape(-1)
+    if place.kind == "new_bias":
+        rows = _kept_outputs(k.op, c, s)
+        plan.new_bias[place.target] = delta[rows]
+        return
+    keeps = plan.keep.get(place.target, [])
+    if keeps:
+        delta = delta.index_select(0, keeps[0].index)
+    plan.add.append(Add(place.target, -delta if place.kind == "running_mean" else delta))
+
+
+def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> None:
+    found = weight_place(k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1])
+    assert found is not None
+    name, turned = found
+    leaves = torch.from_numpy(s.leaves(k.labels))
+    maps = k.constant.reshape(len(leaves), -1)
+    size = maps.square().sum(1)
+    transposed = bool(k.op.arg("transposed")) if _is_convolution(k.op) else not turned
+    weight = _weights(k.op, c)
+    per_group = len(leaves) // k.groups
+    for group in range(k.groups):
+        part = slice(group * per_group, (group + 1) * per_group)
+        if not bool(gone[part].any()) or bool(leaves[part].all()):
+            continue
+        there = k.nonzero[part] & ~leaves[part]
+        carrier = int(torch.where(there, size[part], torch.tensor(-1.0, dtype=torch.float64)).argmax())
+        base = maps[part][carrier]
+        factor = torch.where(gone[part], maps[part] @ base / base.square().sum(), 0.0)
+        delta = torch.tensordot(weight[group], factor, dims=([1], [0]))  # (O, *kernel)
+        _add_column(plan, name, delta, carrier, group, k.groups, leaves[part], transposed)
+
+
+def _add_column(plan: Plan, name: str, delta: Tensor, carrier: int, group: int, groups: int, leaves: Tensor, transposed: bool) -> None:
+    """Add ``delta`` (one input unit's weights to a group's outputs) to the sliced weight."""
+    at = int((~leaves[:carrier]).sum())
+    keeps = {keep.axis: keep for keep in plan.keep.get(name, [])}
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    if groups == 1:
+        if out_axis in keeps:
+            delta = delta.index_select(0, keeps[out_axis].index)
+        plan.add.append(Add(name, delta, in_axis, at))
+        return
+    shape = plan.compact_shape(name) if name in plan.shapes else None
+    assert shape is not None
+    full = torch.zeros(shape, dtype=torch.float64)
+    if transposed:
+        first = keeps[0].index if 0 in keeps else torch.arange(shape[0])
+        position = int((first == group * len(leaves) + carrier).nonzero()[0, 0])
+        columns = keeps[1].index if 1 in keeps else None
+        full[position] = delta if columns is None else delta.index_select(0, columns if columns.ndim == 1 else columns[position])
+    else:
+        outputs = len(delta)
+        rows = keeps[0].index if 0 in keeps else torch.arange(shape[0])
+        mine = ((rows >= group * outputs) & (rows < (group + 1) * outputs)).nonzero()[:, 0]
+        full[mine, at] = delta.index_select(0, rows[mine] - group * outputs)
+    plan.add.append(Add(name, full))
+
+
+def _kept_outputs(op: Op, c: Coupling, s: Solution) -> Tensor:
+    """Indices of the outputs of a contraction that stay."""
+    axis = 1 if _is_convolution(op) else len(op.shape) - 1
+    labels = c.labels[op.node][axis]
+    count = op.shape[axis]
+    if labels is None:
+        return torch.arange(count)
+    return torch.from_numpy(np.flatnonzero(~s.leaves(labels.reshape(-1))))

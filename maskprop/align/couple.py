@@ -1,0 +1,42 @@
+"""Walk the graph once and collect labels and relations."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from maskprop.infer.coupling import Coupling
+from maskprop.infer.sweep import Inference
+
+
+def couple(inference: Inference, constants: str) -> Coupling:
+    """Labels of every value and the relations between them.
+
+    Args:
+        inference: after its sweeps.
+        constants: ``"exact"``, ``"fold"`` or ``"drop"``.
+    """
+    facts = inference.facts
+    c = Coupling(constants=constants, facts=facts.known, needed={n: v[0] if isinstance(v, list) else v for n, v in facts.needed.items()})
+    for node in inference.graph.fx.nodes:
+        c.node = node.name
+        if node.op == "placeholder":
+            c.labels[node] = [None] * len(node.meta["tensor"].shape)
+        elif node.target is operator.getitem:
+            c.labels[node] = c.labels[node.args[0]][node.args[1]]
+        elif node.op == "call_function":
+            op = inference.op(node)
+            c.labels[node] = inference.rule(node).couple(op, [c.labels_of(n) for n in op.inputs], c)
+            if not node.users:
+                _keep(node, c, "is read where no op shows it")
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                _keep(source, c, "is an output of the model")
+    return c
+
+
+def _keep(node: fx.Node, c: Coupling, reason: str) -> None:
+    labels = c.labels_of(node)
+    for one in labels if isinstance(labels, tuple) else [labels]:
+        c.pin_all(one, reason)

@@ -1,0 +1,247 @@
+"""Decide which labels leave: the greatest set that all relations allow.
+
+Labels that are equal form *coupled groups*, the components of the equality edges. A row of a split or merged axis
+leaves exactly if its outer or its inner unit leaves, so ``same row <=> same outer and same inner`` (congruence)
+joins further groups. What may leave is then the greatest fixed point of
+
+    may[outer] &= may[row];  may[inner] &= may[row] | removed[outer];  removed[row] = removed[outer] | removed[inner]
+
+in which whole outer units (heads) win by themselves. Whatever breaks a shape is restored, and the solve repeats: it
+ends because ``may`` only ever falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from maskprop.infer.coupling import Coupling, Regular
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Restore = Callable[["Solution"], Ints]
+
+
+class Solution:
+    """Which coupled groups leave.
+
+    Attributes:
+        group: the coupled group of each label.
+        may: whether a group may leave.
+        removed: whether it does.
+    """
+
+    def __init__(self, c: Coupling, owned: Sequence[Tensor]) -> None:
+        """Args: c: the relations; owned: label arrays of the model's own tensors (others never leave by themselves)."""
+        self.coupling = c
+        edges = _pairs(c.edges)
+        triples = _triples(c)
+        self.group = _components(c.size, edges)
+        self.group, self.triples = _congruence(self.group, triples)
+        count = int(self.group.max()) + 1 if c.size else 0
+        self.may = np.ones(count, dtype=bool)
+        self._rows = np.zeros(count, dtype=bool)
+        self._rows[self.triples[:, 0]] = True
+        self._pin_unowned(owned, count)
+        for pin in c.pins:
+            self.may[self.group[_flat(pin.labels)]] = False
+        self.removed = np.zeros(count, dtype=bool)
+        self.rounds = 0
+
+    def _pin_unowned(self, owned: Sequence[Tensor], count: int) -> None:
+        links = np.concatenate([self.triples[:, [0, 1]], self.triples[:, [0, 2]]]) if len(self.triples) else np.zeros((0, 2), dtype=np.int64)
+        family = _components(count, links)
+        mine = np.zeros(count, dtype=bool)
+        for labels in owned:
+            mine[family[self.group[_flat(labels)]]] = True
+        self.may &= mine[family] if count else self.may
+
+    def groups_of(self, labels: Tensor) -> Ints:
+        """Coupled groups of an array of labels, same shape."""
+        found: Ints = self.group[labels.numpy()]
+        return found
+
+    def leaves(self, labels: Tensor) -> Bools:
+        """Whether each label leaves, same shape."""
+        found: Bools = self.removed[self.groups_of(labels)]
+        return found
+
+    def solve(self, restore: Sequence[Restore]) -> None:
+        """Find the fixed point, restoring until every check in ``restore`` returns nothing.
+
+        Args:
+            restore: functions of the solution that return groups which have to stay.
+        """
+        while True:
+            self.rounds += 1
+            self._fixed_point()
+            for check in restore:
+                groups = check(self)
+                if len(groups):
+                    self.may[groups] = False
+                    break
+            else:
+                return
+
+    def _fixed_point(self) -> None:
+        row, outer, inner = self.triples.T if len(self.triples) else np.zeros((3, 0), dtype=np.int64)
+        while True:
+            removed = self.may & ~self._rows
+            for _ in range(64):  # rows of rows: as deep as axes nest
+                again = removed.copy()
+                again[row] = False
+                np.logical_or.at(again, row, removed[outer] | removed[inner])
+                if np.array_equal(again, removed):
+                    break
+                removed = again
+            may = self.may.copy()
+            np.logical_and.at(may, outer, may[row])
+            np.logical_and.at(may, inner, may[row] | removed[outer])
+            if np.array_equal(may, self.may):
+                self.removed = removed
+                return
+            self.may = may
+
+
+# -- what restores ------------------------------------------------------------------------------
+
+
+def regularity(regulars: Sequence[Regular]) -> Restore:
+    """Equal counts of units at every kept position of the other axes."""
+    arrays = [([None if a is None else a for a in r.labels], r.axis) for r in regulars]
+
+    def check(s: Solution) -> Ints:
+        found: list[Ints] = []
+        for labels, axis in arrays:
+            own = labels[axis]
+            assert own is not None
+            leaves = s.leaves(own)
+            others = np.ones((1,) * leaves.ndim, dtype=bool)
+            for i, array in enumerate(labels):
+                if i != axis and array is not None:
+                    others = others & ~s.leaves(array)
+            kept = (~leaves).sum(axis, keepdims=True)
+            if not np.broadcast_to(others, np.broadcast_shapes(others.shape, kept.shape)).any():
+                continue
+            most = np.where(others, kept, 0).max()
+            short = np.where(others, most - kept, 0)
+            if not short.any():
+                continue
+            rank = np.cumsum(leaves, axis)
+            back = leaves & (rank <= short)
+            found.append(np.broadcast_to(s.groups_of(own), back.shape)[back])
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+    return check
+
+
+def never_empty(axes: Sequence[Tensor]) -> Restore:
+    """No axis of the model's own tensors loses all its units."""
+
+    def check(s: Solution) -> Ints:
+        found = []
+        for labels in axes:
+            if s.leaves(labels).all():
+                groups = s.groups_of(labels).reshape(-1)
+                found.append(groups[:1])
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+    return check
+
+
+def multiple_of(axes: Sequence[Tensor], multiple: int) -> Restore:
+    """Every shrunk axis keeps a multiple of ``multiple`` units."""
+
+    def check(s: Solution) -> Ints:
+        found = []
+        for labels in axes:
+            leaves = s.leaves(labels).reshape(-1)
+            lacking = -int((~leaves).sum()) % multiple
+            if lacking and leaves.any():
+                found.append(s.groups_of(labels).reshape(-1)[np.flatnonzero(leaves)[:lacking]])
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+    return check
+
+
+def carriers(c: Coupling) -> Restore:
+    """Where constants leave through a carrier, one unit with a constant stays (per group of a grouped convolution)."""
+    needy = [k for k in c.contractions if k.place == "carrier"]
+
+    def check(s: Solution) -> Ints:
+        found = []
+        for contraction in needy:
+            leaves = s.leaves(contraction.labels)
+            nonzero = contraction.nonzero.numpy()
+            size = contraction.constant.reshape(len(leaves), -1).square().sum(1).numpy()
+            for part in np.split(np.arange(len(leaves)), contraction.groups):
+                if leaves[part].all() and contraction.groups > 1:
+                    continue  # the whole group is gone
+                gone, there = nonzero[part] & leaves[part], nonzero[part] & ~leaves[part]
+                if gone.any() and not there.any():
+                    best = part[np.argmax(np.where(gone, size[part], -1.0))]
+                    found.append(s.groups_of(contraction.labels)[best])
+        return np.unique(np.array(found, dtype=np.int64))
+
+    return check
+
+
+# -- arrays -------------------------------------------------------------------------------------
+
+
+def _flat(labels: Tensor) -> Ints:
+    """Distinct storage of a label array: expanded axes are read once."""
+    for axis in range(labels.ndim):
+        if labels.stride(axis) == 0 and labels.shape[axis] > 1:
+            labels = labels.narrow(axis, 0, 1)
+    found: Ints = labels.reshape(-1).numpy()
+    return found
+
+
+def _pairs(edges: Sequence[tuple[Tensor, Tensor]]) -> Ints:
+    parts = []
+    for a, b in edges:
+        x, y = torch.broadcast_tensors(a, b)
+        parts.append(np.stack([x.reshape(-1).numpy(), y.reshape(-1).numpy()], 1))
+    return np.concatenate(parts) if parts else np.zeros((0, 2), dtype=np.int64)
+
+
+def _triples(c: Coupling) -> Ints:
+    parts = []
+    for triple in c.triples:
+        parts.append(np.stack([t.reshape(-1).numpy() for t in torch.broadcast_tensors(*triple)], 1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3), dtype=np.int64)
+
+
+def _components(count: int, pairs: Ints) -> Ints:
+    if count == 0:
+        return np.zeros(0, dtype=np.int64)
+    ones = np.ones(len(pairs), dtype=np.int8)
+    matrix = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    found: Ints = connected_components(matrix, directed=False)[1].astype(np.int64)
+    return found
+
+
+def _congruence(group: Ints, triples: Ints) -> tuple[Ints, Ints]:
+    """Merge groups until same row means same outer and inner, and the reverse."""
+    while True:
+        t = np.unique(group[triples], axis=0) if len(triples) else triples
+        if not len(t):
+            return group, t
+        by_row = t[np.argsort(t[:, 0], kind="stable")]
+        same = by_row[1:, 0] == by_row[:-1, 0]
+        pairs = [np.stack([by_row[1:, k][same], by_row[:-1, k][same]], 1) for k in (1, 2)]
+        by_units = t[np.lexsort((t[:, 2], t[:, 1]))]
+        same = (by_units[1:, 1:] == by_units[:-1, 1:]).all(1)
+        pairs.append(np.stack([by_units[1:, 0][same], by_units[:-1, 0][same]], 1))
+        joined = np.concatenate(pairs)
+        joined = joined[joined[:, 0] != joined[:, 1]]
+        if not len(joined):
+            return group, t
+        group = _components(int(group.max()) + 1, joined)[group]

@@ -1,0 +1,136 @@
+"""The Graph: a model's ATen calls in order, with the module that made each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from maskprop.errors import TraceError
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape, dtype and device of a recorded value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorMeta:
+        return cls(tuple(int(s) for s in tensor.shape), tensor.dtype, tensor.device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass
+class Graph:
+    """What one forward pass did.
+
+    Attributes:
+        fx: the calls. Parameters, buffers and other tensors that the model holds are ``get_attr``
+            nodes; ``node.meta["tensor"]`` is a :class:`TensorMeta` (a tuple of them, with ``None``
+            for absent ones, for an op of several results), ``node.meta["path"]`` the module path and
+            ``node.meta["call"]`` the running number of that module's call.
+        state: tensors behind the ``get_attr`` nodes, by target.
+        aliases: other names of the same parameter or buffer -> the name used here.
+        concrete: whether real values were computed (the branch taken is then this input's).
+        mutated: buffers that ``forward`` writes to.
+    """
+
+    fx: fx.Graph
+    state: dict[str, Tensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    concrete: bool = False
+    mutated: set[str] = field(default_factory=set)
+    output_paths: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.fx.nodes)
+
+    @property
+    def ops(self) -> list[fx.Node]:
+        """The recorded calls in execution order, without the tuple look-ups."""
+        return [n for n in self.fx.nodes if is_op(n)]
+
+    def dependencies(self) -> nx.DiGraph:
+        """The dependency graph: an edge from each value to each op that reads it.
+
+        Nodes are the names of fx nodes; the attribute ``node`` holds the fx node itself.
+        """
+        graph = nx.DiGraph()
+        for node in self.fx.nodes:
+            graph.add_node(node.name, node=node)
+            graph.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return graph
+
+    def check(self) -> None:
+        """Check the invariants that the later stages rely on.
+
+        Raises:
+            TraceError: a node without metadata, an unknown ``get_attr`` target, an op that is not an
+                ATen-style overload, or more or less than one output.
+        """
+        self.fx.lint()
+        for node in self.fx.nodes:
+            if node.op == "output":
+                continue
+            if "tensor" not in node.meta:
+                raise TraceError(
+                    f"graph node '{node.name}' ({node.target}) has no tensor metadata. This is a bug in the tracer that built the graph."
+                )
+            if node.op == "get_attr" and node.target not in self.state:
+                raise TraceError(
+                    f"graph node '{node.name}' reads '{node.target}', which is not among the graph's tensors. This is a bug in the tracer."
+                )
+        if sum(n.op == "output" for n in self.fx.nodes) != 1:
+            raise TraceError(
+                "the graph must have exactly one output node. This is a bug in the tracer that built it."
+            )
+
+    def __str__(self) -> str:
+        lines = []
+        for node in self.fx.nodes:
+            meta = node.meta.get("tensor")
+            shape = " | ".join(str(m) for m in meta) if isinstance(meta, tuple) else str(meta)
+            args = ", ".join(
+                [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
+            )
+            lines.append(
+                f"%{node.name} = {node.op if node.op != 'call_function' else ''}{node.target}({args})  # {shape}  {where(node)}"
+            )
+        return "\n".join(lines)
+
+
+def is_op(node: fx.Node) -> bool:
+    """Whether the node is a recorded call, as opposed to a look-up in a tuple of results."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def where(node: fx.Node) -> str:
+    """The module path of a node, for messages."""
+    return f"'{node.meta.get('path', '')}'"
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node that holds one tensor."""
+    meta = node.meta["tensor"]
+    if not isinstance(meta, TensorMeta):
+        raise TraceError(
+            f"graph node '{node.name}' ({node.target}) holds several tensors where one was expected."
+        )
+    return meta.shape
+
+
+def _show(arg: Any) -> str:
+    if isinstance(arg, fx.Node):
+        return f"%{arg.name}"
+    if isinstance(arg, (list, tuple)):
+        return "[" + ", ".join(_show(a) for a in arg) + "]"
+    return repr(arg)

@@ -1,0 +1,284 @@
+"""Record the ATen calls of a forward pass under a dispatch mode."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskprop.graph.functional import Value, functional_overload
+from maskprop.graph.graph import Graph, TensorMeta
+
+# Calls that answer a question about a tensor's metadata and compute nothing.
+_QUERIES = {"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride", "aten::is_contiguous", "aten::is_pinned"}
+
+
+class Recorder(TorchDispatchMode):
+    """Turns dispatched ATen calls into the nodes of a :class:`Graph`.
+
+    Args:
+        model: its parameters, buffers and tensor attributes become ``get_attr`` nodes.
+        concrete: whether the tensors hold real values.
+    """
+
+    def __init__(self, model: nn.Module, concrete: bool) -> None:
+        super().__init__()
+        self.graph = Graph(fx.Graph(), {}, concrete=concrete)
+        self.opaque = False
+        self._values: dict[int, Value] = {}
+        self._keep: list[Tensor] = []  # ids stay unique while the tensors live
+        self._names, self.graph.aliases = _names_of(model)
+        self._storages = {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
+        self._states: dict[str, fx.Node] = {}
+        self._paths = {id(m): name for name, m in reversed(list(model.named_modules()))}
+        self._stack: list[tuple[str, int]] = [("", 0)]
+        self._types: list[type] = [type(model)]
+        self._calls = 0
+        self.last_path = ""
+        self._saved: dict[str, Tensor] = {}
+
+    # -- what the tracer calls ------------------------------------------------------------------
+
+    @contextmanager
+    def module_paths(self) -> Iterator[None]:
+        """Follow which module is running, through hooks on every module of the process."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._calls += 1
+            self.last_path = self._paths.get(id(module), self._stack[-1][0])
+            self._stack.append((self.last_path, self._calls))
+            self._types.append(type(module))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            self._stack.pop()
+            self._types.pop()
+            if sys.exc_info()[0] is None:
+                self.last_path = self._stack[-1][0]
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_input(self, tensor: Tensor, name: str) -> None:
+        node = self.graph.fx.placeholder(name)
+        self._bind(tensor, self._tag(node, TensorMeta.of(tensor)))
+
+    def finish(self, outputs: list[tuple[str, Tensor]]) -> Graph:
+        """Close the graph with its outputs and drop the calls that nothing reads."""
+        nodes = [self._node(t) for _, t in outputs]
+        self.graph.output_paths = [path for path, _ in outputs]
+        self.graph.fx.output(tuple(nodes))
+        if not self.opaque:  # else a read that no op shows may hide behind a value without users
+            for node in reversed(self.graph.fx.nodes):
+                if not node.users and node.op in ("call_function", "get_attr"):
+                    self.graph.fx.erase_node(node)
+        for name, saved in self._saved.items():
+            self.graph.state[name].copy_(saved)
+        return self.graph
+
+    # -- recording ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = op._schema
+        if schema.name in _QUERIES:
+            return op(*args, **kwargs)
+        node_args = fx.node.map_aggregate(args, self._to_node)
+        node_kwargs = fx.node.map_aggregate(kwargs, self._to_node)
+        if schema.name == "aten::_local_scalar_dense" and not self.graph.concrete:
+            return self._evaluate(node_args[0]).item()
+        if schema.is_mutable:
+            self._save_mutated(op, args)
+        result = op(*args, **kwargs)
+        if schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
+            self._record_write(op, args, kwargs, node_args, dict(node_kwargs), result)
+        else:
+            self._record(op, args, node_args, dict(node_kwargs), result)
+        return result
+
+    def _record(self, op: OpOverload, args: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any) -> None:
+        if isinstance(result, Tensor):
+            if self._values.get(id(result)) is not None and any(result is a for a in args):
+                return  # the op handed back its argument
+            node = self._emit_tagged(op, node_args, node_kwargs, TensorMeta.of(result))
+            self._bind(result, node, *self._view_of(op, args, node, None))
+        elif isinstance(result, (list, tuple)):
+            metas = tuple(TensorMeta.of(r) if isinstance(r, Tensor) else None for r in result)
+            node = self._emit_tagged(op, node_args, node_kwargs, metas)
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    got = self._emit_tagged(operator.getitem, (node, i), {}, TensorMeta.of(item))
+                    self._bind(item, got, *self._view_of(op, args, node, i))
+
+    def _record_write(self, op: OpOverload, args: Any, kwargs: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any) -> None:
+        pure = functional_overload(op)
+        targets = [
+            args[i] if i < len(args) else kwargs.get(a.name)
+            for i, a in enumerate(op._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+        for a in op._schema.arguments:
+            if a.is_out:
+                node_kwargs.pop(a.name, None)
+        results = result if isinstance(result, (list, tuple)) else [result]
+        metas = [TensorMeta.of(r) for r in (results if len(targets) > 1 else [targets[0]])]
+        node = self._emit_tagged(pure, node_args, node_kwargs, metas[0] if len(metas) == 1 else tuple(metas))
+        for i, target in enumerate(targets):
+            value = self._values[id(target)]
+            one = node if len(targets) == 1 else self._emit_tagged(operator.getitem, (node, i), {}, metas[i])
+            value.write(one, self._emit)
+            if isinstance(results[min(i, len(results) - 1)], Tensor):
+                result_i = results[min(i, len(results) - 1)]
+                if id(result_i) not in self._values:
+                    self._values[id(result_i)] = value
+                    self._keep.append(result_i)
+
+    def _view_of(self, op: OpOverload, args: Any, node: fx.Node, index: int | None) -> tuple[Any, ...]:
+        """Parent, view node and output index of a result that shares its first argument's memory."""
+        returns = op._schema.returns
+        info = returns[0].alias_info if returns else None
+        if info is None or not args or not isinstance(args[0], Tensor):
+            return ()
+        return self._values[id(args[0])], node, index
+
+    # -- nodes ----------------------------------------------------------------------------------
+
+    def _to_node(self, arg: Any) -> Any:
+        return self._node(arg) if isinstance(arg, Tensor) else arg
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        value = self._values.get(id(tensor))
+        if value is None:
+            value = self._adopt(tensor)
+        return value.current(self._emit)
+
+    def _adopt(self, tensor: Tensor) -> Value:
+        """A tensor that no recorded op made: the model's own, or a constant."""
+        found = self._names.get(id(tensor))
+        name = found[0] if found else None
+        if name is None and not tensor.is_sparse:  # `parameter.data`, say: another object, same memory
+            name = self._storages.get(tensor.untyped_storage()._cdata)
+            if name is not None:
+                owner = next(t for n, t in self._names.values() if n == name)
+                if owner.shape != tensor.shape or owner.stride() != tensor.stride():
+                    name = None
+        if name is None:
+            name = f"_constant{len(self.graph.state)}"
+            self.graph.state[name] = tensor
+            self.opaque |= self.graph.concrete
+        node = self._states.get(name)
+        if node is None:
+            owner = found[1] if found else tensor
+            self.graph.state.setdefault(name, owner)
+            node = self.graph.fx.create_node("get_attr", name, (), {}, name="p_" + name.replace(".", "_"))
+            self._states[name] = self._tag(node, TensorMeta.of(tensor))
+        return self._bind(tensor, node)
+
+    def _bind(self, tensor: Tensor, node: fx.Node, parent: Value | None = None, view: fx.Node | None = None, index: int | None = None) -> Value:
+        value = Value(node, parent, view, index, seen=parent.version if parent else 0)
+        self._values[id(tensor)] = value
+        self._keep.append(tensor)
+        return value
+
+    def _emit_tagged(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:
+        return self._tag(self.graph.fx.call_function(target, args, kwargs), meta)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """Record a call that the functional form needs and that was never dispatched."""
+        if target is None:
+            return self._emit_tagged(operator.getitem, args, {}, args[0].meta["tensor"][args[1]])
+        metas = fx.node.map_aggregate(args, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = target(*metas, **fx.node.map_aggregate(kwargs, lambda a: _blank(a) if isinstance(a, fx.Node) else a))
+        device = args[0].meta["tensor"].device
+        metas_out = [TensorMeta(tuple(r.shape), r.dtype, device) for r in (result if isinstance(result, (list, tuple)) else [result])]
+        return self._emit_tagged(target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0])
+
+    def _tag(self, node: fx.Node, meta: Any) -> fx.Node:
+        node.meta["tensor"] = meta
+        node.meta["path"], node.meta["call"] = self._stack[-1]
+        node.meta["module"] = self._types[-1]
+        return node
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def _evaluate(self, node: fx.Node) -> Tensor:
+        """The real value of a node that depends on the model's own tensors only."""
+        from torch._subclasses.fake_tensor import DataDependentOutputException
+
+        with torch.utils._python_dispatch._disable_current_modes():
+            cache: dict[fx.Node, Any] = {}
+
+            def value(n: fx.Node) -> Any:
+                if n not in cache:
+                    if n.op == "get_attr":
+                        cache[n] = self.graph.state[str(n.target)]
+                    elif n.op == "placeholder":
+                        raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+                    else:
+                        assert callable(n.target)
+                        cache[n] = n.target(*fx.node.map_arg(n.args, value), **fx.node.map_arg(n.kwargs, value))
+                return cache[n]
+
+            result = value(node)
+            assert isinstance(result, Tensor)
+            if result.is_meta:
+                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+            return result
+
+    def _save_mutated(self, op: OpOverload, args: Any) -> None:
+        """Before a forward pass writes to one of the model's own tensors, keep a copy to put back."""
+        for a, arg in zip(op._schema.arguments, args, strict=False):
+            if a.alias_info is None or not a.alias_info.is_write or not isinstance(arg, Tensor):
+                continue
+            name = self._storages.get(arg.untyped_storage()._cdata)
+            if name is not None:
+                self.graph.mutated.add(name)
+                owner = self._names_tensor(name)
+                if self.graph.concrete and name not in self._saved:
+                    self._node(owner)
+                    with torch.utils._python_dispatch._disable_current_modes():
+                        self._saved[name] = owner.detach().clone()
+
+    def _names_tensor(self, name: str) -> Tensor:
+        return next(t for n, t in self._names.values() if n == name)
+
+
+# These declare a write to running statistics that evaluation mode does not do.
+_MUTABLE_STATISTICS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::_native_batch_norm_legit", "aten::batch_norm_with_update"}
+
+
+def _blank(node: fx.Node) -> Any:
+    meta = node.meta["tensor"]
+    if isinstance(meta, tuple):
+        return tuple(None if m is None else torch.empty(m.shape, dtype=m.dtype, device="meta") for m in meta)
+    return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+
+
+def _names_of(model: nn.Module) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
+    """Names of the model's tensors by identity, and which further names mean the same tensor."""
+    names: dict[int, tuple[str, Tensor]] = {}
+    aliases: dict[str, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = prefix + "." if prefix else ""
+        for group in (module._parameters, module._buffers, module.__dict__):
+            for key, tensor in group.items():
+                if not isinstance(tensor, Tensor):
+                    continue
+                known = names.setdefault(id(tensor), (dot + key, tensor))
+                if known[0] != dot + key:
+                    aliases[dot + key] = known[0]
+    return names, aliases

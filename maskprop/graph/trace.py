@@ -1,0 +1,176 @@
+"""Trace a model to a :class:`Graph` by running it once on fake, real or meta tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from maskprop.errors import DummyInputError, MaskpropError, TraceError
+from maskprop.graph.graph import Graph
+from maskprop.graph.record import Recorder
+from maskprop.graph.structure import map_tensors, tensors_in
+
+log = logging.getLogger(__name__)
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Tracer = Callable[[nn.Module, Inputs], Graph]
+
+
+def split_inputs(dummy_input: Any) -> Inputs:
+    """Positional and keyword arguments of a dummy input, by the convention of ``torch.onnx.export``.
+
+    Args:
+        dummy_input: a tensor; a tuple or list of positional arguments, whose last item may be a dict of keyword
+            arguments; or a dict of keyword arguments.
+
+    Raises:
+        DummyInputError: it is none of these.
+    """
+    if isinstance(dummy_input, Tensor):
+        return (dummy_input,), {}
+    if isinstance(dummy_input, Mapping):
+        return (), dict(dummy_input)
+    if isinstance(dummy_input, (tuple, list)):
+        if dummy_input and isinstance(dummy_input[-1], dict):
+            return tuple(dummy_input[:-1]), dict(dummy_input[-1])
+        return tuple(dummy_input), {}
+    raise DummyInputError(
+        f"dummy_input is a {type(dummy_input).__name__}; expected a tensor, a tuple or list of positional arguments, or a dict of "
+        "keyword arguments. Wrap a single argument of another type in a tuple."
+    )
+
+
+def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Graph:
+    """Record one forward pass in evaluation mode.
+
+    Args:
+        model: left as it was, even where ``forward`` caches tensors on modules or writes to buffers.
+        inputs: positional and keyword arguments.
+        tracer: ``"fake"``, ``"concrete"``, ``"meta"``, a function of ``(model, inputs)``, or ``"auto"``: fake
+            tensors first, the real input where a value or a data-dependent shape is read.
+
+    Raises:
+        DummyInputError: ``forward`` fails on the input.
+        TraceError: the chosen tracer cannot run the model, or its graph is malformed.
+    """
+    if callable(tracer):
+        graph = tracer(model, inputs)
+        graph.check()
+        return graph
+    on_meta = any(p.is_meta for p in model.parameters())
+    if tracer == "auto" and not on_meta:
+        try:
+            return _trace(model, inputs, concrete=False)
+        except MaskpropError:
+            raise
+        except Exception as error:  # any failure on fake tensors only means that real ones are needed
+            log.info("tracing on fake tensors failed (%s: %s); using the real input", type(error).__name__, error)
+            tracer = "concrete"
+    elif tracer == "auto":
+        tracer = "meta"
+    if tracer not in ("fake", "concrete", "meta"):
+        raise TraceError(f"tracer is {tracer!r}; expected 'auto', 'fake', 'concrete', 'meta' or a function of (model, inputs).")
+    if tracer == "meta":
+        inputs = map_tensors(inputs, lambda t: t.to("meta"))
+    try:
+        return _trace(model, inputs, concrete=tracer == "concrete")
+    except MaskpropError:
+        raise
+    except Exception as error:
+        raise DummyInputError(
+            f"the forward of {type(model).__name__} failed on the dummy input with {type(error).__name__}: {error}. "
+            f"It was called with {describe_inputs(inputs)}. Check `model(*args, **kwargs)` by hand first."
+        ) from error
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """Shapes and dtypes of the arguments, for messages."""
+    shapes = [f"{path or 'input'}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for path, t in tensors_in(inputs)]
+    return ", ".join(shapes) or "no tensors"
+
+
+def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Graph, Exception | None, str]:
+    """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose."""
+    try:
+        return _trace(model, inputs, concrete), None, ""
+    except Exception as error:  # the caller reads it
+        recorder = getattr(error, "_maskprop_recorder", None)
+        if recorder is None:
+            raise
+        return recorder.graph, error, recorder.last_path
+
+
+def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
+    with ExitStack() as stack:
+        stack.enter_context(frozen_state(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(plain_kernels())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        if not concrete and not any(p.is_meta for p in model.parameters()):
+            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            inputs = map_tensors(inputs, fake.from_tensor)
+        recorder = Recorder(model, concrete)
+        for i, (path, tensor) in enumerate(tensors_in(inputs)):
+            recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
+        args, kwargs = inputs
+        try:
+            with recorder.module_paths(), recorder:
+                output = model(*args, **kwargs)
+        except Exception as error:
+            error._maskprop_recorder = recorder  # type: ignore[attr-defined]
+            raise
+        graph = recorder.finish(list(tensors_in(output)))
+    graph.check()
+    return graph
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Turn fused fast paths off, so that attention and LSTM come out as matmul, softmax and chunk."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _no_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def _no_mkldnn() -> Iterator[None]:
+    # `torch.backends.mkldnn.flags` also touches a TF32 switch and warns about it
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
+def frozen_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
+    before = []
+    for module in model.modules():
+        tables = [module.__dict__, *(module.__dict__[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))]
+        before.append([(table, table.copy()) for table in tables])
+        if module.training:
+            module.__dict__["training"] = False
+    try:
+        yield
+    finally:
+        for saved in before:
+            for table, old in saved:
+                if table != old if isinstance(table, set) else not _same(table, old):
+                    table.clear()
+                    table.update(old)
+
+
+def _same(table: dict[str, Any], old: dict[str, Any]) -> bool:
+    return len(table) == len(old) and all(k in old and old[k] is v for k, v in table.items())

@@ -1,0 +1,180 @@
+"""Labels and the relations between them: the units that must leave together.
+
+Every value carries, per axis, a *label array* (int64, broadcastable over the value, of full size along its own
+axis) or ``None`` for an axis that never shrinks. An array may vary along other axes too: that is raggedness, for
+example heads ``(1, H, 1, 1)`` and their dims ``(1, H, 1, D)``. An element leaves if any of its axes' labels leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from maskprop.graph.graph import shape_of
+from maskprop.infer.facts import Fact
+from maskprop.infer.op import Op
+
+Labels = list["Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """These labels stay."""
+
+    labels: Tensor
+    reason: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Regular:
+    """Along ``axis`` every kept position of the other axes must keep equally many units."""
+
+    labels: tuple[Tensor | None, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An op that sums over ``labels``: what may leave there, and what it leaves behind.
+
+    Attributes:
+        op: the consumer.
+        labels: of the summed axis, 1-D.
+        constant: float64, 1-D or ``(units, *map)``: what unit i shows the consumer where it is known and not zero.
+        nonzero: bool, 1-D: units whose constant must be accounted for when they leave.
+        place: ``"bias"`` or ``"carrier"``.
+        groups: of a grouped convolution; each group of units needs a carrier of its own.
+    """
+
+    op: Op
+    labels: Tensor
+    constant: Tensor
+    nonzero: Tensor
+    place: str
+    groups: int = 1
+
+
+@dataclass
+class Coupling:
+    """Collects relations while the graph is walked.
+
+    Attributes:
+        size: number of labels so far.
+        edges: pairs of label arrays that are equal.
+        triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
+    """
+
+    constants: str = "exact"
+    size: int = 0
+    edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    triples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    regulars: list[Regular] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    node: str = ""
+    facts: dict[fx.Node, Any] = field(default_factory=dict)
+    needed: dict[fx.Node, Tensor] = field(default_factory=dict)
+    labels: dict[fx.Node, Any] = field(default_factory=dict)
+    _bound: set[tuple[fx.Node, int]] = field(default_factory=set)
+
+    # -- what a rule may ask --------------------------------------------------------------------
+
+    def facts_of(self, op: Op) -> list[Fact]:
+        """Facts of the op's inputs."""
+        return [self.facts[n] for n in op.inputs]
+
+    def needed_of(self, op: Op) -> Tensor:
+        """Which elements of the op's (first) result some output depends on."""
+        found = self.needed.get(op.node)
+        return torch.zeros((1,) * len(op.results[0].shape), dtype=torch.bool) if found is None else found  # type: ignore[union-attr]
+
+    def labels_of(self, node: fx.Node) -> Labels:
+        """Labels of a value; the model's own tensors get theirs when they are first asked for."""
+        if node not in self.labels:
+            shape = shape_of(node)
+            self.labels[node] = [self.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None for axis, n in enumerate(shape)]
+        found: Labels = self.labels[node]
+        return found
+
+    def bind(self, node: fx.Node, axis: int, labels: Tensor | None) -> None:
+        """Give an axis of a parameter labels that vary along other axes, if nothing has read its own yet."""
+        own = self.labels_of(node)
+        first = node.op == "get_attr" and next(iter(node.users)).name == self.node and (node, axis) not in self._bound
+        if labels is not None:
+            labels = labels.reshape(labels.shape + (1,) * (len(own) - labels.ndim))
+        if first and labels is not None:
+            own[axis] = labels
+            self._bound.add((node, axis))
+        else:
+            self.equal(own[axis], labels)
+
+    # -- what a rule may state ------------------------------------------------------------------
+
+    def fresh(self, shape: Sequence[int]) -> Tensor:
+        """New labels, one an element."""
+        count = 1
+        for n in shape:
+            count *= n
+        labels = torch.arange(self.size, self.size + count).reshape(tuple(shape))
+        self.size += count
+        return labels
+
+    def equal(self, a: Tensor | None, b: Tensor | None, reason: str = "meets an axis that cannot shrink") -> Tensor | None:
+        """``a`` and ``b`` (broadcast against each other) leave together; an axis that never shrinks pins the other."""
+        if a is None or b is None:
+            self.pin(a, reason)
+            self.pin(b, reason)
+            return None
+        if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
+            return a
+        self.edges.append((a, b))
+        return a
+
+    def pin(self, labels: Tensor | None, reason: str) -> None:
+        if labels is not None and labels.numel():
+            self.pins.append(Pin(labels, reason, self.node))
+
+    def pin_all(self, labels: Sequence[Tensor | None], reason: str) -> None:
+        for array in labels:
+            self.pin(array, reason)
+
+    def triple(self, row: Tensor, outer: Tensor, inner: Tensor) -> None:
+        self.triples.append((row, outer, inner))
+
+    def uniform(self, labels: Tensor | None, axes: Sequence[int]) -> Tensor | None:
+        """Tie the labels over ``axes`` (other axes than their own), which then stop varying there."""
+        if labels is None:
+            return None
+        for axis in axes:
+            if labels.shape[axis] > 1:
+                first = labels.narrow(axis, 0, 1)
+                self.equal(labels, first)
+                labels = first
+        return labels
+
+    def chunks(self, labels: Sequence[Tensor | None], axis: int, count: int) -> None:
+        """The axis is cut into ``count`` equal parts: each must keep equally many units."""
+        array = labels[axis]
+        if array is None or count <= 1:
+            return
+        shape = list(array.shape)
+        parts = [*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]]
+        others: list[Tensor | None] = [None if a is None or i == axis else _widen(a, axis) for i, a in enumerate(labels)]
+        others.insert(axis, None)
+        others[axis + 1] = array.reshape(parts)
+        self.regulars.append(Regular(tuple(others), axis + 1))
+
+    def regular(self, labels: Sequence[Tensor | None], axis: int) -> None:
+        self.regulars.append(Regular(tuple(labels), axis))
+
+
+def _widen(array: Tensor, axis: int) -> Tensor:
+    """Give an array that varies along another axis a place for the cut one."""
+    if array.shape[axis] != 1:
+        array = array.narrow(axis, 0, 1)  # approximate: only used to tell which other positions are kept
+    return array.unsqueeze(axis)

@@ -1,0 +1,119 @@
+"""Facts about recorded values: what is known before any input is seen.
+
+All tensors here are *broadcastable* over the value that they describe: the same number of axes, size 1 along
+an axis where nothing varies. A convolution's activation needs ``(1, C, 1, 1)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Fact:
+    """Which elements of a value are the same for every model input, and what they are.
+
+    Args:
+        known: bool, broadcastable over the value.
+        zero: bool, broadcastable; a subset of ``known``.
+        value: the value where it is known (anything elsewhere), floating values in float64; or a function that
+            computes it when it is asked for.
+        plain: wholly known and not touched by any mask. Such a value counts as nowhere zero and is not computed
+            unless a constant needs it.
+        row_axis: along this axis the elements sum to one (the result of a softmax), else ``None``.
+    """
+
+    __slots__ = ("_value", "known", "nothing", "plain", "row_axis", "total", "zero")
+
+    def __init__(
+        self, known: Tensor, zero: Tensor, value: Tensor | Callable[[], Tensor], plain: bool = False, row_axis: int | None = None
+    ) -> None:
+        self.known = known
+        self.zero = zero
+        self._value = value
+        self.plain = plain
+        self.row_axis = row_axis
+        self.total = plain or bool(known.all())
+        self.nothing = not self.total and known.numel() == 1
+
+    @staticmethod
+    def unknown(ndim: int, row_axis: int | None = None) -> Fact:
+        """Nothing is known."""
+        false = torch.zeros((1,) * ndim, dtype=torch.bool)
+        return Fact(false, false, lambda: torch.zeros((1,) * ndim, dtype=torch.float64), row_axis=row_axis)
+
+    @staticmethod
+    def constant(ndim: int, value: Callable[[], Tensor]) -> Fact:
+        """Wholly known and unmasked; the value is computed on demand."""
+        true = torch.ones((1,) * ndim, dtype=torch.bool)
+        return Fact(true, ~true, value, plain=True)
+
+    @staticmethod
+    def of_value(value: Tensor, known: Tensor | None = None) -> Fact:
+        """Known where ``known`` says (everywhere by default), with the zeros read from the value."""
+        if known is None:
+            known = torch.ones((1,) * value.ndim, dtype=torch.bool)
+        return Fact(known, known & (value == 0), value)
+
+    def value(self) -> Tensor:
+        """The value, broadcastable, valid where ``known``."""
+        if not isinstance(self._value, Tensor):
+            self._value = as_double(self._value())
+        return self._value
+
+    def with_rows(self, axis: int | None) -> Fact:
+        return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis)
+
+    def __repr__(self) -> str:
+        return f"Fact(known={int(self.known.sum())}/{self.known.numel()}, zero={int(self.zero.sum())}, shape={tuple(self.known.shape)})"
+
+
+def as_double(t: Tensor) -> Tensor:
+    """Floating values are kept in float64, so that constants are rounded once."""
+    return t.detach().double() if t.is_floating_point() else t.detach()
+
+
+def any_over(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """``any`` over the axes, kept as size 1."""
+    for d in dims:
+        if t.shape[d] != 1:
+            t = t.any(dim=d, keepdim=True)
+    return t
+
+
+def all_over(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """``all`` over the axes, kept as size 1."""
+    for d in dims:
+        if t.shape[d] != 1:
+            t = t.all(dim=d, keepdim=True)
+    return t
+
+
+def reduce_to(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo broadcasting: ``any`` over the axes that ``shape`` lacks or has with size 1."""
+    extra = t.ndim - len(shape)
+    if extra > 0:
+        t = any_over(t, range(extra))
+        t = t.reshape(t.shape[extra:])
+    return any_over(t, [d for d, n in enumerate(shape) if n == 1])
+
+
+def spread(t: Tensor, dims: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Expand the axes ``dims`` of a broadcastable tensor to their full size."""
+    sizes = list(t.shape)
+    for d in dims:
+        sizes[d] = shape[d]
+    return t.expand(sizes)
+
+
+def bool_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``exists k: a[..., m, k] and b[..., k, n]`` for broadcastable bools; size 1 stands for a uniform axis."""
+    if a.shape[-1] == 1 and b.shape[-2] == 1:
+        return a & b
+    if a.shape[-1] == 1:
+        return a & b.any(-2, keepdim=True)
+    if b.shape[-2] == 1:
+        return a.any(-1, keepdim=True) & b
+    return torch.matmul(a.float(), b.float()) > 0

@@ -1,0 +1,395 @@
+"""Contractions: mm, addmm, bmm, baddbmm, convolution.
+
+Algebra, as boolean products over the summed axis k (nz = may be non-zero, known = known):
+
+* ``unknown = nz(a) @ nz(b) - (nz(a) & known(a)) @ (nz(b) & known(b)) > 0``;
+* ``needed(a)[m, k] = any_n needed(y)[m, n] & nz(b)[k, n]``;
+* a unit k may leave where every term ``a[m, k] * b[k, n]`` that a needed result reads is a known zero, or where
+  ``a``'s unit is a known constant that a bias or a carrier channel can stand for;
+* rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskprop.infer.coupling import Contraction, Coupling, Labels
+from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul
+from maskprop.infer.op import Op
+from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.rules.pointwise import POINTWISE, broadcast_labels
+from maskprop.infer.rules.registry import Rule, evaluate, register
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Operands:
+    """``scale * (a @ b) + bias``, as positions in the op's inputs."""
+
+    a: int
+    b: int
+    bias: int | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+@register(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.matmul.default)
+class MatMul(Rule):
+    """Matrix products of two or three axes."""
+
+    def _operands(self, op: Op) -> Operands:
+        name = op.target._schema.name
+        if name == "aten::addmm":
+            return Operands(1, 2, 0, op.arg("alpha", 1), op.arg("beta", 1))
+        if name == "aten::baddbmm":
+            return Operands(1, 2, 0, op.arg("alpha", 1), op.arg("beta", 1))
+        return Operands(0, 1)
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        if all(f.total for f in facts):
+            result = evaluate(op, facts)
+            assert isinstance(result, Fact)
+            return result
+        o = self._operands(op)
+        if op.target in (aten.mv.default, aten.matmul.default):
+            return Fact.unknown(len(op.shape))
+        product = self._product(facts[o.a], facts[o.b], op.shapes[o.a][-1])
+        if o.bias is None:
+            return product
+        bias = facts[o.bias]
+        ndim = len(op.shape)
+        known = product.known & bias.known
+        if not bool(known.any()):
+            return Fact.unknown(ndim)
+        value = torch.where(known, o.alpha * product.value() + o.beta * bias.value(), 0.0)
+        return Fact.of_value(value, known)
+
+    def _product(self, a: Fact, b: Fact, length: int) -> Fact:
+        nz_a, nz_b = ~a.zero, ~b.zero
+        averaged = b.known if a.row_axis == a.known.ndim - 1 and b.known.shape[-2] == 1 else None
+        if averaged is not None and bool(averaged.any()):  # a convex combination of one and the same row
+            return Fact(averaged, b.zero, b.value)
+        # a term is unknown if it may be non-zero and one of its factors is unknown
+        unknown = bool_matmul(nz_a & ~a.known, nz_b) | bool_matmul(nz_a, nz_b & ~b.known)
+        known = ~unknown
+        if not bool(known.any()):
+            return Fact.unknown(known.ndim)
+        zero = ~bool_matmul(nz_a, nz_b)
+        if bool((~known | zero).all()):
+            return Fact(known, known, torch.zeros((1,) * known.ndim, dtype=torch.float64))
+        left = torch.where(a.known, a.value(), 0.0)
+        right = torch.where(b.known, b.value(), 0.0)
+        if left.shape[-1] == 1 and right.shape[-2] == 1:
+            value = left * right * length
+        else:
+            k = max(left.shape[-1], right.shape[-2])
+            value = left.expand(*left.shape[:-1], k) @ right.expand(*right.shape[:-2], k, right.shape[-1])
+        value = torch.where(known & ~zero, value, 0.0)
+        return Fact.of_value(value, known.expand(torch.broadcast_shapes(known.shape, value.shape)))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        o = self._operands(op)
+        if op.target in (aten.mv.default, aten.matmul.default):
+            return super().needed(op, facts, needed)
+        a, b, y = facts[o.a], facts[o.b], needed[0]
+        found: list[Tensor] = [y] * len(facts)
+        y = y & ~_constant_average(a, b)
+        found[o.a] = bool_matmul(y, (~b.zero).transpose(-1, -2)) | (bool_matmul(y, b.zero.transpose(-1, -2)) & a.zero)
+        found[o.b] = bool_matmul((~a.zero).transpose(-1, -2), y)
+        if _constant_average(a, b).any():  # the constant rows themselves are still read
+            found[o.b] = found[o.b] | (needed[0] & b.known).any(-2, keepdim=True)
+        if o.bias is not None:
+            found[o.bias] = POINTWISE.needed(_BiasView(op, o.bias), [], needed)[0]  # type: ignore[arg-type]
+        return [_fit(n, shape) for n, shape in zip(found, op.shapes, strict=True)]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        if op.target in (aten.mv.default, aten.matmul.default):
+            result = super().couple(op, labels, c)
+            assert isinstance(result, list)
+            return result
+        o = self._operands(op)
+        la, lb = labels[o.a], labels[o.b]
+        n = len(la)
+        out: Labels = []
+        if n == 3:
+            out.append(c.equal(c.uniform(la[0], [1, 2]), c.uniform(lb[0], [1, 2])) if la[0] is not None or lb[0] is not None else None)
+        out += [c.uniform(la[-2], [n - 1]), c.uniform(lb[-1], [n - 2])]
+        ka, kb = c.uniform(la[-1], [n - 2]), c.uniform(lb[-2], [n - 1])
+        if ka is not None or kb is not None:
+            turned = None if kb is None else kb.transpose(-1, -2)
+            if c.equal(ka, turned) is not None:
+                assert ka is not None
+                self._terminate(op, o, ka, c)
+        if o.bias is not None:
+            out = broadcast_labels(op.shape, [op.shapes[o.bias], op.shape], [labels[o.bias], out], c)
+        return out
+
+    def _terminate(self, op: Op, o: Operands, labels: Tensor, c: Coupling) -> None:
+        """Which summed units the op lets go."""
+        facts, y = c.facts_of(op), c.needed_of(op)
+        a, b = facts[o.a], facts[o.b]
+        y = y & ~_constant_average(a, b)
+        nz_a, nz_b = ~a.zero, ~b.zero
+        # terms[.., m, k]: some needed result reads a non-zero term through k
+        terms = any_over(bool_matmul(y, nz_b.transpose(-1, -2)) & nz_a, [a.zero.ndim - 2])
+        live = terms.expand(*terms.shape[:-1], op.shapes[o.a][-1]) if terms.shape[-1] == 1 else terms
+        uniform = a.known.ndim == 2 and a.known.shape[0] == 1
+        if not a.total and uniform and bool((a.known & live).any()):
+            foldable = (a.known & live).expand_as(live).reshape(-1)
+            kind = "bias" if bias_place(op.node) else ("carrier" if weight_place(op.inputs[o.b]) else None)
+            if c.constants == "drop":
+                live = live & ~foldable
+            elif kind is not None and a.value().shape[0] == 1:
+                constant = torch.where(foldable, a.value().expand_as(live).reshape(-1), 0.0)
+                c.contractions.append(Contraction(op, labels.reshape(-1), constant, foldable, kind))
+                live = live & ~foldable
+        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        c.pin(labels.expand(shape)[live.expand(shape)], "is read here")
+
+
+class _BiasView:
+    """What ``Pointwise.needed`` reads of an op, for its bias alone."""
+
+    def __init__(self, op: Op, bias: int) -> None:
+        self.shapes = [op.shapes[bias]]
+
+
+def _constant_average(a: Fact, b: Fact) -> Tensor:
+    """Result columns that are a convex combination of equal known rows: broadcastable over the result."""
+    if a.row_axis == a.known.ndim - 1 and b.known.shape[-2] == 1:
+        return b.known
+    return torch.zeros((1,) * b.known.ndim, dtype=torch.bool)
+
+
+def _fit(t: Tensor, shape: Sequence[int]) -> Tensor:
+    return t if t.ndim == len(shape) else t.reshape(t.shape[t.ndim - len(shape) :])
+
+
+@register(aten.convolution.default)
+class Convolution(Rule):
+    """Convolutions of any number of axes, grouped, dilated, padded, transposed.
+
+    A constant input gives a constant output only where every position sees the whole kernel: without padding, or
+    where the constant is zero. A transposed convolution shows every position the whole kernel only with kernel 1.
+    """
+
+    def _layout(self, op: Op) -> tuple[int, bool, bool]:
+        """Groups, whether transposed, whether borders see less than the whole kernel."""
+        transposed = bool(op.arg("transposed"))
+        kernel, padding, stride = op.shapes[1][2:], op.arg("padding"), op.arg("stride")
+        ragged = any(p > 0 for p in padding)
+        if transposed:
+            ragged = ragged or any(k > 1 for k in kernel) or any(s > 1 for s in stride) or any(p > 0 for p in op.arg("output_padding"))
+        return int(op.arg("groups")), transposed, ragged
+
+    def _pattern(self, weight: Fact, op: Op) -> Tensor:
+        """(G, O, I): whether an output reads an input of its group; axes may have size 1."""
+        groups, transposed, _ = self._layout(op)
+        nz = ~weight.zero
+        nz = any_over(nz, range(2, nz.ndim)).reshape(nz.shape[:2])
+        first = nz.shape[0] if nz.shape[0] == 1 else groups
+        cut = nz.reshape(first, -1, nz.shape[1])
+        return cut.transpose(1, 2) if transposed else cut
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        if all(f.total for f in facts):
+            result = evaluate(op, facts)
+            assert isinstance(result, Fact)
+            return result
+        x, weight = facts[0], facts[1]
+        ndim = len(op.shape)
+        if not weight.total:
+            return Fact.unknown(ndim)
+        groups, transposed, ragged = self._layout(op)
+        nz = self._pattern(weight, op)
+        seen, zero = channel_constant(x)
+        counted = (zero if ragged else seen).reshape(-1)
+        unknown_in = self._by_group(~counted, groups)
+        unknown = self._any_input(nz, unknown_in)
+        known = (~unknown).expand(groups, -1)
+        outputs = op.shape[1]
+        known = known.expand(groups, outputs // groups).reshape(-1) if known.shape[1] in (1, outputs // groups) else known.reshape(-1)
+        if not bool(known.any()):
+            return Fact.unknown(ndim)
+        value = torch.zeros(outputs, dtype=torch.float64)
+        constants = torch.where(seen & ~zero, _channel_value(x), 0.0).reshape(-1) if not ragged and bool((seen & ~zero).any()) else None
+        if constants is not None:
+            per_group = constants.expand(op.shapes[0][1]).reshape(groups, 1, -1)
+            kernel = weight.value().expand(op.shapes[1]).flatten(2).sum(-1)
+            kernel = kernel.reshape(groups, -1, kernel.shape[1])
+            kernel = kernel.transpose(1, 2) if transposed else kernel
+            value = (kernel * per_group).sum(-1).reshape(-1)
+        if len(facts) > 2:
+            known = known & facts[2].known.expand(outputs)
+            value = value + facts[2].value().expand(outputs)
+        value = torch.where(known, value, 0.0)
+        shape = (1, outputs) + (1,) * (ndim - 2)
+        return Fact.of_value(value.reshape(shape), known.reshape(shape))
+
+    @staticmethod
+    def _by_group(channels: Tensor, groups: int) -> Tensor:
+        return channels.reshape(1, 1) if channels.numel() == 1 else channels.reshape(groups, -1)
+
+    @staticmethod
+    def _any_input(nz: Tensor, inputs: Tensor) -> Tensor:
+        """(G, O) from (G, O, I) and (G, I): ``any_i nz & inputs``."""
+        return bool_matmul(nz, inputs.unsqueeze(-1)).squeeze(-1)
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = any_over(needed[0], [0, *range(2, needed[0].ndim)])
+        groups = self._layout(op)[0]
+        nz = self._pattern(facts[1], op)
+        x = self._read_inputs(nz, self._by_group(y.reshape(-1), groups), op.shapes[0][1], groups)
+        ndim = len(op.shape)
+        some = torch.full((1,) * ndim, bool(y.any()))
+        found = [x.reshape((1, -1) + (1,) * (ndim - 2)), some]
+        return found if len(facts) == 2 else [*found, y.reshape(-1)]
+
+    @staticmethod
+    def _read_inputs(nz: Tensor, outputs: Tensor, channels: int, groups: int) -> Tensor:
+        """(C,) or (1,): which inputs some of these outputs read."""
+        read = bool_matmul(outputs.unsqueeze(1), nz).squeeze(1)  # (G, I)
+        if read.numel() == 1:
+            return read.reshape(-1)
+        return read.expand(groups, channels // groups).reshape(-1)
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        groups, transposed, ragged = self._layout(op)
+        x, w = labels[0], labels[1]
+        ndim = len(op.shape)
+        for axis in range(2, ndim):
+            c.pin(x[axis], "is a spatial axis of a convolution")
+            c.pin(w[axis], "is a kernel axis of a convolution")
+        channels = c.uniform(x[1], [0, *range(2, ndim)])
+        out_axis, in_axis = (1, 0) if transposed else (0, 1)
+        if groups == 1:
+            rows, columns = c.uniform(w[out_axis], [in_axis]), c.uniform(w[in_axis], [out_axis])
+            if columns is not None:
+                columns = columns.reshape(-1)
+            flat = None if channels is None else channels.reshape(-1)
+            c.equal(flat, columns) if flat is not None or columns is not None else None
+            out = None if rows is None else rows.reshape(-1)
+        else:
+            out = self._couple_groups(op, channels, c, groups, transposed)
+        if channels is not None:
+            self._terminate(op, channels.reshape(-1), c, groups, ragged)
+        if len(labels) > 2 and (out is not None or labels[2][0] is not None):
+            out = c.equal(out, labels[2][0])
+        result: Labels = [x[0] if x[0] is None else c.uniform(x[0], range(1, ndim)), None, *[None] * (ndim - 2)]
+        result[1] = None if out is None else out.reshape((1, -1) + (1,) * (ndim - 2))
+        return result
+
+    def _couple_groups(self, op: Op, channels: Tensor | None, c: Coupling, groups: int, transposed: bool) -> Tensor | None:
+        """Input (G, I) and output (G, O) share their outer axis; the weight's inner axis is ragged over the groups."""
+        weight = op.inputs[1]
+        inputs, outputs = op.shapes[0][1] // groups, op.shape[1] // groups
+        outer_in, inner_in = _split_rows(channels, groups, inputs, c)
+        if not transposed:
+            rows = c.labels_of(weight)[0]
+            rows = None if rows is None else c.uniform(rows, range(1, rows.ndim))
+            flat = None if rows is None else rows.reshape(-1)
+            outer_out, _ = _split_rows(flat, groups, outputs, c)
+            if outer_in is not None or outer_out is not None:
+                c.equal(outer_in, outer_out)
+            if inputs > 1:
+                ragged = None if inner_in is None else inner_in.repeat_interleave(outputs, 0)
+                c.bind(weight, 1, ragged)
+            return flat
+        # weight (G*I, O, ...): its rows are the input channels, its columns the ragged inner of the outputs
+        rows = c.labels_of(weight)[0]
+        flat_in = None if channels is None else channels.reshape(-1)
+        if rows is not None or flat_in is not None:
+            c.equal(flat_in, None if rows is None else c.uniform(rows, range(1, rows.ndim)).reshape(-1))  # type: ignore[union-attr]
+        if flat_in is None:
+            c.pin_all(c.labels_of(weight), "belongs to a grouped transposed convolution of fixed input")
+            return None
+        out = c.fresh([op.shape[1]])
+        outer_out, inner_out = _split_rows(out, groups, outputs, c)
+        c.equal(outer_in, outer_out)
+        if outputs > 1:
+            assert inner_out is not None
+            c.bind(weight, 1, inner_out.repeat_interleave(inputs, 0))
+        return out
+
+    def _terminate(self, op: Op, labels: Tensor, c: Coupling, groups: int, ragged: bool) -> None:
+        facts, y = c.facts_of(op), c.needed_of(op)
+        channels = op.shapes[0][1]
+        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
+        x, weight = facts[0], facts[1]
+        read = self._read_inputs(self._pattern(weight, op), outputs, channels, groups).expand(channels)
+        live = read & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
+        if not x.total and c.constants != "drop":
+            found = _constants(x, live, channels, groups, ragged)
+            carrier = ragged or found[0].ndim > 1
+            kind = "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_place(op.inputs[1]) else None)
+            if c.constants == "fold" and kind == "carrier" and bias_place(op.node):
+                kind = "bias"
+            constant, foldable = found
+            if kind is not None and bool(foldable.any()):
+                c.contractions.append(Contraction(op, labels, constant, foldable, kind, groups))
+                live = live & ~foldable
+        elif c.constants == "drop":
+            live = live & ~all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1).expand(channels)
+        c.pin(labels[live], "is read here")
+
+
+def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
+    """(C or 1,): channels that are one known number at every position, and those where it is zero."""
+    others = [0, *range(2, x.known.ndim)]
+    zero = all_over(x.zero, others).reshape(-1)
+    if x.nothing:
+        return zero, zero
+    known = all_over(x.known, others)
+    if bool(known.any()) and any(x.value().shape[d] > 1 for d in others):
+        v = x.value()
+        known = known & (v.amax(others, keepdim=True) == v.amin(others, keepdim=True))
+    return known.reshape(-1), zero
+
+
+def _channel_value(x: Fact) -> Tensor:
+    v = x.value()
+    return v[(0, slice(None), *[0] * (v.ndim - 2))]
+
+
+def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) -> tuple[Tensor, Tensor]:
+    """Each channel's constant and whether it can be stood for: uniform ones, or maps in proportion to one map a group."""
+    seen, _ = channel_constant(x)
+    uniform = seen.expand(channels) & live
+    others = [0, *range(2, x.known.ndim)]
+    mapped = all_over(x.known, others).reshape(-1).expand(channels) & live
+    if not bool((mapped & ~uniform).any()):
+        if not bool(uniform.any()):
+            return torch.zeros(channels, dtype=torch.float64), uniform
+        return torch.where(uniform, _channel_value(x).expand(channels), 0.0), uniform
+    v = x.value()
+    maps = v.expand(v.shape[0], channels, *v.shape[2:]).transpose(0, 1).reshape(channels, -1)
+    maps = torch.where(mapped[:, None], maps, 0.0)
+    foldable = mapped.clone()
+    for part in range(groups):
+        rows = slice(part * channels // groups, (part + 1) * channels // groups)
+        block = maps[rows]
+        if not bool(mapped[rows].any()):
+            continue
+        base = block[block.square().sum(1).argmax()]
+        scale = block @ base / base.square().sum().clamp_min(1e-300)
+        error = (block - scale[:, None] * base).abs().amax(1)
+        foldable[rows] &= error <= 1e-12 * block.abs().amax(1).clamp_min(1e-300)
+    return maps, foldable
+
+
+def _split_rows(rows: Tensor | None, groups: int, size: int, c: Coupling) -> tuple[Tensor | None, Tensor | None]:
+    """A labelled axis as (groups, size): outer (G,) and inner (G, size) labels."""
+    if rows is None:
+        return None, None
+    if size == 1:
+        return rows.reshape(-1), None
+    rows = rows.reshape(groups, size)
+    outer, inner = c.fresh([groups, 1]), c.fresh([groups, size])
+    c.triple(rows, outer, inner)
+    c.regular([outer, inner], 1)
+    return outer.reshape(-1), inner

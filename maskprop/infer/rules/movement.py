@@ -1,0 +1,530 @@
+"""Movement ops: each result element is one input element.
+
+Every such op is a short list of *steps* (permute, reshape, expand, slice, roll). A step moves any tensor that is
+broadcastable over the value, so one implementation serves known masks, values and labels; ``back`` sends needed
+elements the other way. Only a reshape that splits or merges axes makes new labels:
+
+* split: ``row = outer or inner``; an axis along which the labels merely repeat takes none;
+* merge: the same triple the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.facts import Fact, any_over, reduce_to, spread
+from maskprop.infer.op import Op
+from maskprop.infer.rules.registry import Rule, register_rule
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+
+class Step:
+    """One movement from a value of shape ``src`` to one of shape ``dst``."""
+
+    src: Shape
+    dst: Shape
+
+    def move(self, t: Tensor) -> Tensor:
+        """Apply to a tensor broadcastable over ``src``."""
+        raise NotImplementedError
+
+    def back(self, t: Tensor) -> Tensor:
+        """For a bool broadcastable over ``dst``: which source elements land on a true one."""
+        raise NotImplementedError
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Permute(Step):
+    src: Shape
+    order: Shape
+
+    @property
+    def dst(self) -> Shape:  # type: ignore[override]
+        return tuple(self.src[d] for d in self.order)
+
+    def move(self, t: Tensor) -> Tensor:
+        return t.permute(self.order)
+
+    def back(self, t: Tensor) -> Tensor:
+        return t.permute([self.order.index(d) for d in range(len(self.order))])
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        return [None if a is None else self.move(a) for a in (labels[d] for d in self.order)]
+
+
+@dataclass(frozen=True)
+class Reshape(Step):
+    src: Shape
+    dst: Shape
+
+    def move(self, t: Tensor) -> Tensor:
+        return reshape(t, self.src, self.dst)
+
+    def back(self, t: Tensor) -> Tensor:
+        return reshape(t, self.dst, self.src)
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        if all(a is None for a in labels):
+            return [None] * len(self.dst)
+        middle = _atoms(self.src, self.dst)
+        return _couple_reshape(_couple_reshape(labels, self.src, middle, c), middle, self.dst, c)
+
+
+@dataclass(frozen=True)
+class Expand(Step):
+    src: Shape
+    dst: Shape
+    merges_next: bool = False
+
+    def move(self, t: Tensor) -> Tensor:
+        return t.reshape((1,) * (len(self.dst) - t.ndim) + t.shape)
+
+    def back(self, t: Tensor) -> Tensor:
+        return reduce_to(t, self.src)
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        lead = len(self.dst) - len(self.src)
+        out: Labels = [None] * lead + [None if a is None else self.move(a) for a in labels]
+        for axis, n in enumerate(self.dst):
+            grows = n > 1 and (axis < lead or self.src[axis - lead] == 1)
+            if not grows or axis == 0 or not self.merges_next:
+                continue
+            # copies inside a labelled axis (the query heads of a key-value head) may leave one by one
+            before = out[axis - 1]
+            if before is None and self.dst[axis - 1] != 1 and axis > 1:
+                continue
+            sizes = [1] * len(self.dst) if before is None else list(before.shape)
+            sizes[axis] = n
+            out[axis] = c.fresh(sizes)
+            c.regular(out, axis)
+        return out
+
+
+@dataclass(frozen=True)
+class Slice(Step):
+    src: Shape
+    dim: int
+    start: int
+    stop: int
+    step: int = 1
+    pins: str = ""
+
+    @property
+    def dst(self) -> Shape:  # type: ignore[override]
+        length = max(0, -(-(self.stop - self.start) // self.step))
+        return (*self.src[: self.dim], length, *self.src[self.dim + 1 :])
+
+    @property
+    def _index(self) -> tuple[slice, ...]:
+        return (*[slice(None)] * self.dim, slice(self.start, self.stop, self.step))
+
+    def move(self, t: Tensor) -> Tensor:
+        return t if t.shape[self.dim] == 1 else t[self._index]
+
+    def back(self, t: Tensor) -> Tensor:
+        if self.dst == self.src:
+            return t
+        shape = list(t.shape)
+        shape[self.dim] = self.src[self.dim]
+        out = torch.zeros(shape, dtype=torch.bool)
+        out[self._index] = t
+        return out
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        if self.dst != self.src:
+            cut(labels, self.dim, self.src[self.dim], self.start, self.stop, self.step, c, self.pins)
+        return [None if a is None else self.move(a) for a in labels]
+
+
+@dataclass(frozen=True)
+class Roll(Step):
+    """Reorder along axes: roll and flip."""
+
+    src: Shape
+    dims: Shape
+    fn: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+    @property
+    def dst(self) -> Shape:  # type: ignore[override]
+        return self.src
+
+    def _full(self, t: Tensor) -> Tensor:
+        varying = [d for d in self.dims if t.shape[d] > 1]
+        return spread(t, self.dims, self.src) if varying else t
+
+    def move(self, t: Tensor) -> Tensor:
+        return self.fn(self._full(t))
+
+    def back(self, t: Tensor) -> Tensor:
+        return self.inverse(self._full(t))
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        for d in self.dims:
+            c.pin(labels[d], "is rolled or flipped along this axis")
+        return [None if a is None or i in self.dims else self.move(a) for i, a in enumerate(labels)]
+
+
+def cut(labels: Labels, dim: int, size: int, start: int, stop: int, step: int, c: Coupling, pins: str = "") -> None:
+    """A slice of a labelled axis: equal parts if the bounds cut it into at most four, else the axis stays."""
+    parts = size // max(1, math.gcd(math.gcd(start, stop), size))
+    if pins or step != 1 or parts > 4:
+        c.pin(labels[dim], pins or f"is cut at {start}:{stop} of {size}")
+    else:
+        c.chunks(labels, dim, parts)
+
+
+# -- reshape ------------------------------------------------------------------------------------
+
+
+def axis_groups(src: Sequence[int], dst: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Factor a reshape into the smallest groups of axes with equal products; axes of size 1 are left out."""
+    groups: list[tuple[list[int], list[int]]] = []
+    left = [i for i, n in enumerate(src) if n != 1]
+    right = [j for j, n in enumerate(dst) if n != 1]
+    i = j = 0
+    while i < len(left) or j < len(right):
+        ins, outs = [left[i]], [right[j]]
+        a, b = src[left[i]], dst[right[j]]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a *= src[left[i]]
+                ins.append(left[i])
+                i += 1
+            else:
+                b *= dst[right[j]]
+                outs.append(right[j])
+                j += 1
+        groups.append((ins, outs))
+    return groups
+
+
+def reshape(t: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+    """Reshape a broadcastable tensor, expanding only the groups of axes along which it varies."""
+    if 0 in src:
+        return any_over(t, range(t.ndim)).reshape((1,) * len(dst)) if t.dtype == torch.bool else t.new_zeros((1,) * len(dst))
+    sizes, target = [1] * len(src), [1] * len(dst)
+    for ins, outs in axis_groups(src, dst):
+        if any(t.shape[i] != 1 for i in ins):
+            for i in ins:
+                sizes[i] = src[i]
+            for o in outs:
+                target[o] = dst[o]
+    return t.expand(sizes).reshape(target)
+
+
+def _atoms(src: Shape, dst: Shape) -> Shape:
+    """A shape between the two, so that the first half only splits axes and the second only merges them.
+
+    Where the cuts of the two do not nest, the first half merges and the second splits.
+    """
+    middle: list[int] = []
+    for ins, outs in axis_groups(src, dst):
+        a, b = _bounds([src[i] for i in ins]), _bounds([dst[o] for o in outs])
+        cuts = sorted(set(a) | set(b))
+        if all(high % low == 0 for low, high in zip(cuts, cuts[1:], strict=False)):
+            sizes = [high // low for low, high in zip([1, *cuts], cuts, strict=False)]
+            middle += [n for n in reversed(sizes) if n != 1]
+        else:
+            middle.append(cuts[-1])
+    return tuple(middle)
+
+
+def _bounds(sizes: Sequence[int]) -> list[int]:
+    """Products of the sizes from the right: where the flat order is cut."""
+    out, product = [], 1
+    for n in reversed(sizes):
+        product *= n
+        out.append(product)
+    return out
+
+
+def _couple_reshape(labels: Labels, src: Sequence[int], dst: Sequence[int], c: Coupling) -> Labels:
+    """Labels through a reshape in which every group of axes is either split or merged."""
+    moved: Labels = [None if a is None else reshape(a, src, dst) for a in labels]
+    out: Labels = [None] * len(dst)
+    splits: list[tuple[Tensor, list[int]]] = []
+    for ins, outs in axis_groups(src, dst):
+        if len(ins) == 1:
+            rows = moved[ins[0]]
+            if rows is not None and len(outs) == 1:
+                out[outs[0]] = rows
+            elif rows is not None:
+                splits.append((rows, outs))
+        else:
+            out[outs[0]] = _merge([moved[i] for i in ins], c)
+    for rows, outs in splits:
+        _split(rows, outs, out, c)
+    return out
+
+
+def _split(rows: Tensor, axes: list[int], out: Labels, c: Coupling) -> None:
+    for axis in axes:  # drop the axes along which the labels merely repeat
+        first = rows.narrow(axis, 0, 1)
+        if rows.shape[axis] > 1 and torch.equal(rows, first.expand_as(rows)):
+            rows = first
+    varying = [axis for axis in axes if rows.shape[axis] > 1]
+    if not varying:
+        c.pin(rows, "is one unit repeated over a split axis")
+        return
+    made = []
+    for axis, rest in zip(varying, (varying[i + 1 :] for i in range(len(varying))), strict=True):
+        if not rest:
+            out[axis] = rows
+            break
+        outer = c.fresh([1 if i in rest else n for i, n in enumerate(rows.shape)])
+        inner = c.fresh(rows.shape)
+        c.triple(rows, outer, inner)
+        out[axis], rows = outer, inner
+        made.append(axis)
+    for axis in varying:
+        if any(n > 1 for i, n in enumerate(_must(out[axis]).shape) if i != axis):
+            c.regular(out, axis)
+
+
+def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
+    rows: Tensor | None = None
+    for part in reversed(parts):
+        if part is None or rows is None:
+            rows = part if rows is None else rows
+        else:
+            made = c.fresh(torch.broadcast_shapes(part.shape, rows.shape))
+            c.triple(made, part, rows)
+            rows = made
+    return rows
+
+
+def _must(array: Tensor | None) -> Tensor:
+    assert array is not None
+    return array
+
+
+# -- the rules ----------------------------------------------------------------------------------
+
+
+class Movement(Rule):
+    """An op declared as steps. ``steps`` returns one list for a single result, or a list a result."""
+
+    def __init__(self, steps: Callable[[Op], Iterable[Step]]) -> None:
+        self.steps = steps
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        return move_fact(facts[0], list(self.steps(op)))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        return [move_back(needed[0], list(self.steps(op)))]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        out = labels[0]
+        for step in self.steps(op):
+            out = step.couple(out, c)
+        return out
+
+
+class Parts(Rule):
+    """An op that cuts its input into several results."""
+
+    def __init__(self, steps: Callable[[Op], list[list[Step]]]) -> None:
+        self.steps = steps
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+        return tuple(move_fact(facts[0], steps) for steps in self.steps(op))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        total = torch.zeros((1,) * len(op.shapes[0]), dtype=torch.bool)
+        for part, steps in zip(needed, self.steps(op), strict=True):
+            if bool(part.any()):
+                total = total | move_back(part, steps)
+        return [total]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        results = []
+        for steps in self.steps(op):
+            out = labels[0]
+            for step in steps:
+                out = step.couple(out, c)
+            results.append(out)
+        return tuple(results)
+
+
+def move_fact(fact: Fact, steps: Sequence[Step]) -> Fact:
+    """A fact through a chain of steps."""
+
+    def through(t: Tensor) -> Tensor:
+        for step in steps:
+            t = step.move(t)
+        return t
+
+    rows = fact.row_axis
+    for step in steps if rows is not None else ():
+        rows = _row_axis(step, rows)
+    if fact.nothing:
+        return Fact.unknown(len(steps[-1].dst) if steps else fact.known.ndim, rows)
+    known = through(fact.known)
+    return Fact(known, through(fact.zero), lambda: through(fact.value()), fact.plain, rows)
+
+
+def _row_axis(step: Step, axis: int | None) -> int | None:
+    """Where the axis whose elements sum to one goes."""
+    if axis is None or isinstance(step, (Slice, Roll)):
+        untouched = axis is not None and (getattr(step, "dim", None) != axis if isinstance(step, Slice) else axis not in getattr(step, "dims", ()))
+        return axis if untouched else None
+    if isinstance(step, Permute):
+        return step.order.index(axis)
+    if isinstance(step, Expand):
+        return axis + len(step.dst) - len(step.src)
+    for ins, outs in axis_groups(step.src, step.dst):
+        if ins == [axis] and len(outs) == 1:
+            return outs[0]
+    return None
+
+
+def move_back(needed: Tensor, steps: Sequence[Step]) -> Tensor:
+    for step in reversed(steps):
+        needed = step.back(needed)
+    return needed
+
+
+def _merges_next(node: fx.Node) -> bool:
+    """Whether the value is reshaped next (through a copy)."""
+    for user in node.users:
+        if user.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+            return True
+        if user.target in (aten.clone.default, aten._to_copy.default) and _merges_next(user):
+            return True
+    return False
+
+
+def _dims(op: Op, name: str = "dim") -> list[int]:
+    value = op.arg(name)
+    ndim = max(1, len(op.shapes[0]))
+    return [d % ndim for d in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _swap(op: Op, a: int, b: int) -> list[Step]:
+    order = list(range(len(op.shapes[0])))
+    if order:
+        order[a], order[b] = order[b], order[a]
+    return [Permute(op.shapes[0], tuple(order))]
+
+
+def _reshape(op: Op) -> list[Step]:
+    return [Reshape(op.shapes[0], op.shape)]
+
+
+def _slice(op: Op) -> list[Step]:
+    shape, (dim,) = op.shapes[0], _dims(op)
+    start, stop, step = slice(op.arg("start"), op.arg("end"), op.arg("step", 1)).indices(shape[dim])
+    return [Slice(shape, dim, start, max(start, stop), step)]
+
+
+def _select_step(shape: Shape, dim: int, index: int, pins: str) -> list[Step]:
+    index %= shape[dim]
+    taken = Slice(shape, dim, index, index + 1, pins=pins)
+    return [taken, Reshape(taken.dst, (*shape[:dim], *shape[dim + 1 :]))]
+
+
+def _select(op: Op) -> list[Step]:
+    (dim,) = _dims(op)
+    return _select_step(op.shapes[0], dim, op.arg("index"), "one index is selected along this axis")
+
+
+def _unbind(op: Op) -> list[list[Step]]:
+    (dim,) = _dims(op)
+    return [_select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])]
+
+
+def _split_parts(op: Op) -> list[list[Step]]:
+    (dim,) = _dims(op)
+    sizes = [m.shape[dim] for m in op.results if m is not None]
+    if len(set(sizes)) == 1:  # equal parts, however many
+        return [[Part(op.shapes[0], dim, i * sizes[0], (i + 1) * sizes[0], parts=len(sizes))] for i in range(len(sizes))]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [[Part(op.shapes[0], dim, s, s + n, parts=0)] for s, n in zip(starts, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part(Slice):
+    """A part of a split: its bounds follow the split's sizes. ``parts`` equal ones, or 0 if they differ."""
+
+    parts: int = 0
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        if self.parts and self.start == 0:
+            c.chunks(labels, self.dim, self.parts)
+        return [None if a is None else self.move(a) for a in labels]
+
+
+def _roll(op: Op) -> list[Step]:
+    shifts, dims = op.arg("shifts"), tuple(_dims(op, "dims"))
+    shifts = shifts if isinstance(shifts, (list, tuple)) else [shifts]
+    return [Roll(op.shapes[0], dims, lambda t: t.roll(shifts, dims), lambda t: t.roll([-s for s in shifts], dims))]
+
+
+def _flip(op: Op) -> list[Step]:
+    dims = tuple(_dims(op, "dims"))
+    return [Roll(op.shapes[0], dims, lambda t: t.flip(dims), lambda t: t.flip(dims))]
+
+
+def _pixel_shuffle(op: Op) -> list[Step]:
+    *batch, channels, h, w = op.shapes[0]
+    r, n = op.arg("upscale_factor"), len(batch)
+    cut_shape = (*batch, channels // r**2, r, r, h, w)
+    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    moved = Permute(cut_shape, order)
+    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
+
+
+def _pixel_unshuffle(op: Op) -> list[Step]:
+    *batch, channels, h, w = op.shapes[0]
+    r, n = op.arg("downscale_factor"), len(batch)
+    cut_shape = (*batch, channels, h // r, r, w // r, r)
+    moved = Permute(cut_shape, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
+    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
+
+
+def _channel_shuffle(op: Op) -> list[Step]:
+    batch, channels, *space = op.shapes[0]
+    groups = op.arg("groups")
+    cut_shape = (batch, groups, channels // groups, *space)
+    moved = Permute(cut_shape, (0, 2, 1, *range(3, len(cut_shape))))
+    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
+
+
+def _expand(op: Op) -> list[Step]:
+    return [Expand(op.shapes[0], op.shape, _merges_next(op.node))]
+
+
+_STEPS: dict[Callable[[Op], Iterable[Step]], list[torch._ops.OpOverload]] = {
+    lambda op: [Permute(op.shapes[0], tuple(_dims(op, "dims")))]: [aten.permute.default],
+    lambda op: _swap(op, *(_dims(op, "dim0") + _dims(op, "dim1"))): [aten.transpose.int],
+    lambda op: _swap(op, 0, -1) if len(op.shape) == 2 else []: [aten.t.default],
+    _reshape: [aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._reshape_alias.default],
+    _expand: [aten.expand.default],
+    _slice: [aten.slice.Tensor],
+    _select: [aten.select.int],
+    _roll: [aten.roll.default],
+    _flip: [aten.flip.default],
+    _pixel_shuffle: [aten.pixel_shuffle.default],
+    _pixel_unshuffle: [aten.pixel_unshuffle.default],
+    _channel_shuffle: [aten.channel_shuffle.default, aten.native_channel_shuffle.default],
+    lambda op: []: [aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.dropout.default],
+}  # fmt: skip
+for _steps, _targets in _STEPS.items():
+    for _target in _targets:
+        register_rule(_target, Movement(_steps))
+register_rule(aten.unbind.int, Parts(_unbind))
+for _target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default):
+    register_rule(_target, Parts(_split_parts))

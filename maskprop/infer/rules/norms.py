@@ -1,0 +1,231 @@
+"""Normalisations and softmax.
+
+Algebra: a channel whose affine weight is a known zero comes out as its bias, whatever went in. Batch norm in
+evaluation mode is pointwise over channels. Group and layer norm take statistics over units: those units leave
+together or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.facts import Fact, any_over, reduce_to
+from maskprop.infer.op import Op
+from maskprop.infer.rules.contraction import _split_rows, channel_constant
+from maskprop.infer.rules.registry import Rule, evaluate, register
+
+aten = torch.ops.aten
+
+
+def _affine(op: Op, facts: Sequence[Fact], name: str) -> Fact | None:
+    position = op.position(name)
+    return None if position is None else facts[position]
+
+
+def _channel_shape(ndim: int) -> tuple[int, ...]:
+    return (1, -1) + (1,) * (ndim - 2)
+
+
+@register(aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats)
+class BatchNorm(Rule):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over axis 1."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+        rest = tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
+        if all(f.total for f in facts):
+            found = evaluate(op, facts)
+            assert isinstance(found, tuple)
+            return found
+        x, weight, bias = facts[0], _affine(op, facts, "weight"), _affine(op, facts, "bias")
+        ndim = len(op.shapes[0])
+        seen, _ = channel_constant(x)
+        known = seen if weight is None else seen | weight.zero
+        if not bool(known.any()):
+            return Fact.unknown(ndim), *rest
+        value = torch.zeros(1, dtype=torch.float64)
+        mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
+        if bool(seen.any()) and mean is not None and var is not None and not op.arg("training", False):
+            constant = x.value()[(0, slice(None), *[0] * (ndim - 2))]
+            value = (constant - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
+            value = value if weight is None else value * weight.value()
+            value = torch.where(seen, value, 0.0)
+        if bias is not None:
+            value = value + bias.value()
+        known = known.expand(torch.broadcast_shapes(known.shape, value.shape))
+        shape = _channel_shape(ndim)
+        return Fact.of_value(torch.where(known, value, 0.0).reshape(shape), known.reshape(shape)), *rest
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = needed[0]
+        weight = _affine(op, facts, "weight")
+        channels = any_over(y, [0, *range(2, y.ndim)]).reshape(-1)
+        x = y if weight is None else y & ~weight.zero.reshape(_channel_shape(y.ndim))
+        return [x] + [channels] * (len(facts) - 1)
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        out = list(labels[0])
+        channels = None if out[1] is None else c.uniform(out[1], [i for i in range(len(out)) if i != 1])
+        flat = None if channels is None else channels.reshape(-1)
+        for other in labels[1:]:
+            if flat is not None or other[0] is not None:
+                flat = c.equal(flat, other[0])
+        out[1] = None if flat is None else flat.reshape(_channel_shape(len(out)))
+        return out, *([None] * (len(m.shape) if m is not None else 0) for m in op.results[1:])
+
+
+@register(aten.native_group_norm.default)
+class GroupNorm(Rule):
+    """Statistics over a group's channels and space: a group leaves whole or stays whole."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+        ndim = len(op.shapes[0])
+        rest = (Fact.unknown(2), Fact.unknown(2))
+        return _affine_only(op, facts, _channel_shape(ndim), ndim), *rest
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = needed[0]
+        channels = any_over(y, [0, *range(2, y.ndim)]).reshape(-1)
+        weight = _affine(op, facts, "weight")
+        live = channels if weight is None else channels & ~weight.zero
+        count, groups = op.shapes[0][1], op.arg("group")
+        live = live.expand(count).reshape(groups, -1).any(1, keepdim=True).expand(-1, count // groups).reshape(-1)
+        return [live.reshape(_channel_shape(y.ndim))] + [channels] * (len(facts) - 1)
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        out = list(labels[0])
+        for axis in range(2, len(out)):
+            c.pin(out[axis], "is a spatial axis of a group norm")
+            out[axis] = None
+        channels = None if out[1] is None else c.uniform(out[1], [i for i in range(len(out)) if i != 1])
+        flat = None if channels is None else channels.reshape(-1)
+        groups = op.arg("group")
+        if flat is not None:
+            _, inner = _split_rows(flat, groups, flat.numel() // groups, c)
+            c.pin(inner, "shares a group's statistics")
+        for other in labels[1:]:
+            if flat is not None or other[0] is not None:
+                flat = c.equal(flat, other[0])
+        out[1] = None if flat is None else flat.reshape(_channel_shape(len(out)))
+        return out, [None, None], [None, None]
+
+
+def _affine_only(op: Op, facts: Sequence[Fact], shape: Sequence[int], ndim: int) -> Fact:
+    """Known are the units with a zero affine weight: they come out as the bias."""
+    weight, bias = _affine(op, facts, "weight"), _affine(op, facts, "bias")
+    if all(f.total for f in facts):
+        found = evaluate(op, facts)
+        return found[0] if isinstance(found, tuple) else found
+    if weight is None or not bool(weight.zero.any()):
+        return Fact.unknown(ndim)
+    known = weight.zero
+    value = torch.zeros((1,) * known.ndim, dtype=torch.float64) if bias is None else torch.where(known, bias.value(), 0.0)
+    known = known.expand(torch.broadcast_shapes(known.shape, value.shape))
+    return Fact.of_value(value.reshape(tuple(shape)), known.reshape(tuple(shape)))
+
+
+@register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
+class LayerNorm(Rule):
+    """Statistics over the last axes, all of whose units stay."""
+
+    def _axes(self, op: Op) -> list[int]:
+        ndim = len(op.shapes[0])
+        return list(range(ndim - len(op.arg("normalized_shape")), ndim))
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+        ndim, axes = len(op.shapes[0]), self._axes(op)
+        weight = _affine(op, facts, "weight")
+        tail = weight.zero.shape if weight is not None else (1,) * len(axes)
+        bias = _affine(op, facts, "bias")
+        if bias is not None:
+            tail = torch.broadcast_shapes(tail, bias.known.shape)
+        rest = tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
+        return _affine_only(op, facts, (1,) * (ndim - len(axes)) + tuple(tail), ndim), *rest
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y, axes = needed[0], self._axes(op)
+        weight = _affine(op, facts, "weight")
+        live = y if weight is None else y & ~weight.zero
+        return [any_over(live, axes)] + [reduce_to(y, shape) for shape in op.shapes[1:]]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        out, axes = list(labels[0]), self._axes(op)
+        for i, axis in enumerate(axes):
+            c.pin(out[axis], "is normalised over")
+            out[axis] = None
+            for other in labels[1:]:
+                c.pin(other[i], "is normalised over")
+        for axis in range(len(out)):
+            out[axis] = c.uniform(out[axis], [a for a in axes if a != axis])
+        return out, *([None] * (len(m.shape) if m is not None else 0) for m in op.results[1:])
+
+
+@register(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)
+class Softmax(Rule):
+    """Rows along one axis: each sums to one, so a row's axis cannot shrink."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        if facts[0].total:
+            found = evaluate(op, facts)
+            assert isinstance(found, Fact)
+            return found
+        axis = op.arg("dim") % len(op.shape)
+        safe = op.target is aten._safe_softmax.default
+        sums = op.target is not aten._log_softmax.default and (not safe or _rows_are_open(op))
+        return Fact.unknown(len(op.shape), axis if sums else None)
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        return [any_over(needed[0], [op.arg("dim") % len(op.shape)])]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        axis = op.arg("dim") % len(op.shape)
+        out = list(labels[0])
+        c.pin(out[axis], "is the axis of a softmax")
+        out[axis] = None
+        return [a if a is None else c.uniform(a, [axis]) for a in out]
+
+
+def _rows_are_open(op: Op) -> bool:
+    """Whether no row can be masked whole: ``_safe_softmax`` then makes a zero row, which does not sum to one.
+
+    True for bare scores, and for scores under a known mask that leaves every row an element.
+    """
+    node = op.inputs[0]
+    while node.op == "call_function":
+        if node.target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self):
+            masks = [n for n in node.all_input_nodes if n.target is not aten.bmm.default]
+            return node.target is aten.add.Tensor and any(_open_mask(n) for n in masks)
+        if node.target in (aten.bmm.default, aten.mm.default, aten.baddbmm.default):
+            return True
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+def _open_mask(node: torch.fx.Node) -> bool:
+    """A mask computed from no input, every row of which has a finite element."""
+    cache: dict[torch.fx.Node, Tensor] = {}
+
+    def value(n: torch.fx.Node) -> Tensor | None:
+        if n.op != "call_function":
+            return None
+        if n not in cache:
+            inputs = [value(i) for i in n.all_input_nodes]
+            if any(i is None for i in inputs):
+                return None
+            result = Op(n).run(*[i for i in inputs if i is not None]) if isinstance(n.target, torch._ops.OpOverload) else None
+            if not isinstance(result, Tensor):
+                return None
+            cache[n] = result
+        return cache[n]
+
+    if any(i.op != "call_function" and len(i.meta["tensor"].shape) > 3 for i in node.all_input_nodes):
+        return False
+    mask = value(node)
+    return mask is not None and bool(torch.isfinite(mask).any(-1).all())
+
+

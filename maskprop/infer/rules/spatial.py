@@ -1,0 +1,165 @@
+"""Ops over the spatial axes of each channel: pooling, interpolation, padding, im2col.
+
+Algebra: channels do not mix. A channel that is one known number at every position stays so (under an average that
+counts zero padding only if the number is zero; otherwise it becomes a known map, found by running the op).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
+from maskprop.infer.op import Op
+from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
+
+aten = torch.ops.aten
+
+
+@register(
+    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.max_pool3d.default,
+    aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
+    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default, aten._upsample_nearest_exact2d.default,
+    aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default, aten.upsample_linear1d.default, aten.upsample_trilinear3d.default,
+    aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default,
+    aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default,
+    aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default,
+)  # fmt: skip
+class PerChannel(Rule):
+    """Every axis but the spatial ones passes through."""
+
+    def _space(self, op: Op) -> list[int]:
+        shape, out = op.shapes[0], op.results[0]
+        assert out is not None
+        name = op.target._schema.name
+        count = next((n for n in (1, 2, 3) if f"{n}d" in name), 1)
+        return list(range(len(shape) - count, len(shape)))
+
+    def _keeps_constants(self, op: Op) -> bool:
+        padding = op.arg("padding", [0])
+        padded = any(p > 0 for p in (padding if isinstance(padding, (list, tuple)) else [padding]))
+        uneven = op.arg("ceil_mode", False) or op.arg("divisor_override") is not None
+        return "avg_pool" not in op.target._schema.name or not ((padded and op.arg("count_include_pad", True)) or uneven)
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        fact, space = facts[0], self._space(op)
+        if fact.total and fact.plain:
+            return evaluate(op, facts)
+        ndim = len(op.shapes[0])
+        rest = tuple(Fact.unknown(ndim) for _ in op.results[1:])
+        first = self._first(op, fact, space)
+        return (first, *rest) if op.several else first
+
+    def _first(self, op: Op, fact: Fact, space: list[int]) -> Fact:
+        known = all_over(fact.known, space)
+        if not bool(known.any()):
+            return Fact.unknown(known.ndim)
+        value = fact.value()
+        uniform = all(value.shape[d] == 1 for d in space)
+        if uniform and (self._keeps_constants(op) or bool((~known | all_over(fact.zero, space)).all())):
+            return Fact.of_value(torch.where(known, value, torch.zeros((), dtype=value.dtype)), known.expand(torch.broadcast_shapes(known.shape, value.shape)))
+        meta = op.results[0]
+        assert meta is not None
+        if torch.Size(meta.shape).numel() // meta.shape[0] > EAGER_LIMIT:
+            return Fact.unknown(known.ndim)
+        result = op.run(spread(value, space, op.shapes[0]).contiguous())
+        result = as_double(result[0] if isinstance(result, tuple) else result)
+        return Fact.of_value(torch.where(known, result, torch.zeros((), dtype=result.dtype)), known)
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        total = needed[0]
+        for other in needed[1:]:
+            total = total | other
+        return [any_over(total, self._space(op))]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels | tuple[Labels, ...]:
+        space = self._space(op)
+        out = list(labels[0])
+        for d in space:
+            c.pin(out[d], "is a spatial axis")
+            out[d] = None
+        out = [c.uniform(a, [d for d in space if d != i]) for i, a in enumerate(out)]
+        return tuple(list(out) for _ in op.results) if op.several else out
+
+
+@register(aten.constant_pad_nd.default)
+class ConstantPad(PerChannel):
+    """Padding with one number: a channel that is that number stays uniform, another becomes a known map."""
+
+    def _space(self, op: Op) -> list[int]:
+        pad, ndim = op.arg("pad"), len(op.shapes[0])
+        return [ndim - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
+
+    def _keeps_constants(self, op: Op) -> bool:
+        return False
+
+    def _first(self, op: Op, fact: Fact, space: list[int]) -> Fact:
+        known = all_over(fact.known, space)
+        value = fact.value()
+        if all(value.shape[d] == 1 for d in space) and bool((~known | (value == op.arg("value", 0))).all()):
+            return Fact.of_value(torch.where(known, value, torch.zeros((), dtype=value.dtype)), known.expand(torch.broadcast_shapes(known.shape, value.shape)))
+        return super()._first(op, fact, space)
+
+
+@register(aten.im2col.default)
+class Im2col(Rule):
+    """``(N, C, H, W) -> (N, C * kh * kw, L)``: each channel becomes a run of kh * kw rows."""
+
+    def _run(self, op: Op) -> int:
+        kh, kw = op.arg("kernel_size")
+        return int(kh * kw)
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        zero = all_over(facts[0].zero, [2, 3])
+        if not bool(zero.any()):
+            return Fact.unknown(3)
+        rows = zero.expand(zero.shape[0], op.shapes[0][1], 1, 1).reshape(zero.shape[0], -1, 1).repeat_interleave(self._run(op), 1)
+        return Fact(rows, rows, torch.zeros(1, 1, 1, dtype=torch.float64))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = any_over(needed[0], [2])
+        if y.shape[1] == 1:
+            return [y.unsqueeze(-1)]
+        return [y.reshape(y.shape[0], -1, self._run(op)).any(-1)[..., None, None]]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        x = labels[0]
+        for d in (2, 3):
+            c.pin(x[d], "is a spatial axis")
+        channels = c.uniform(x[1], [0, 2, 3])
+        rows = None if channels is None else channels.reshape(1, -1, 1).repeat_interleave(self._run(op), 1)
+        return [None if x[0] is None else c.uniform(x[0], [1, 2, 3]).squeeze(-1), rows, None]  # type: ignore[union-attr]
+
+
+@register(aten.col2im.default)
+class Col2im(Rule):
+    """The reverse of im2col, overlaps summed: ``(N, C * kh * kw, L) -> (N, C, H, W)``."""
+
+    def _run(self, op: Op) -> int:
+        kh, kw = op.arg("kernel_size")
+        return int(kh * kw)
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        zero = all_over(facts[0].zero, [2])
+        if zero.shape[1] == 1 or not bool(zero.any()):
+            return Fact.unknown(4) if not bool(zero.all()) else Fact(zero[..., None], zero[..., None], torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+        channel = zero.reshape(zero.shape[0], -1, self._run(op)).all(-1)[..., None, None]
+        return Fact(channel, channel, torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = any_over(needed[0], [2, 3]).squeeze(-1)
+        return [y if y.shape[1] == 1 else y.repeat_interleave(self._run(op), 1)]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        x = labels[0]
+        c.pin(x[2], "is a spatial axis")
+        rows = c.uniform(x[1], [0, 2])
+        if rows is None:
+            return [None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1), None, None, None]  # type: ignore[union-attr]
+        runs = rows.reshape(-1, self._run(op))
+        c.equal(runs, runs[:, :1])
+        return [None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1), runs[:, 0].reshape(1, -1, 1, 1), None, None]  # type: ignore[union-attr]

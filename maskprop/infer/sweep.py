@@ -1,0 +1,162 @@
+"""The two sweeps: what is known, forward; what is needed, backward.
+
+The forward rules do not read neededness, so one round of closed-form rules is the fixed point.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from maskprop.errors import UnsupportedOpError
+from maskprop.graph.graph import Graph, shape_of
+from maskprop.infer.facts import Fact, as_double
+from maskprop.infer.op import Op
+from maskprop.infer.rules import Rule, find_rule
+
+UNKNOWN = Rule()
+
+
+@dataclass
+class Facts:
+    """Facts of every node.
+
+    Attributes:
+        known: a :class:`Fact` a node, or a tuple of them for an op of several results.
+        needed: bool tensors, broadcastable over the value; a list for an op of several results. A node that
+            is missing is not needed at all.
+        rules: how often each kind of rule ran.
+        unruled: ops without a rule, kept whole.
+    """
+
+    known: dict[fx.Node, Any] = field(default_factory=dict)
+    needed: dict[fx.Node, Any] = field(default_factory=dict)
+    rules: dict[str, int] = field(default_factory=dict)
+    unruled: list[Op] = field(default_factory=list)
+    sweeps: int = 0
+
+
+class Inference:
+    """Runs the sweeps over a graph.
+
+    Args:
+        graph: the recorded forward pass.
+        masks: bool masks by the names of the graph's tensors, each broadcastable to its tensor.
+        mode: ``"auto"`` takes an op without a rule as opaque, ``"rules"`` refuses it.
+    """
+
+    def __init__(self, graph: Graph, masks: Mapping[str, Tensor], mode: str = "auto") -> None:
+        self.graph = graph
+        self.masks = masks
+        self.mode = mode
+        self.facts = Facts()
+        self.ops: dict[fx.Node, Op] = {}
+        self._rules: dict[fx.Node, Rule] = {}
+
+    def run(self) -> Facts:
+        """Both sweeps."""
+        self.forward()
+        self.backward()
+        return self.facts
+
+    def forward(self) -> None:
+        for node in self.graph.fx.nodes:
+            self.update_direct(node)
+        self.facts.sweeps += 1
+
+    def backward(self) -> None:
+        self.facts.needed.clear()
+        for node in reversed(self.graph.fx.nodes):
+            self.update_indirect(node)
+
+    def op(self, node: fx.Node) -> Op:
+        if node not in self.ops:
+            self.ops[node] = Op(node)
+        return self.ops[node]
+
+    def rule(self, node: fx.Node) -> Rule:
+        """The rule of a call.
+
+        Raises:
+            UnsupportedOpError: there is none and the mode is ``"rules"``.
+        """
+        found = self._rules.get(node)
+        if found is None:
+            assert isinstance(node.target, torch._ops.OpOverload)
+            ruled = find_rule(node.target)
+            if ruled is None:
+                if self.mode == "rules":
+                    raise UnsupportedOpError(
+                        f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows no other way. "
+                        "Register one with maskprop.register_rule, or use inference='auto'."
+                    )
+                self.facts.unruled.append(self.op(node))
+            found = self._rules[node] = ruled or UNKNOWN
+            kind = type(found).__name__ if ruled else "opaque"
+            self.facts.rules[kind] = self.facts.rules.get(kind, 0) + 1
+        return found
+
+    def update_direct(self, node: fx.Node) -> None:
+        """Derive what is known of one node's value."""
+        known = self.facts.known
+        if node.op == "placeholder":
+            known[node] = Fact.unknown(len(shape_of(node)))
+        elif node.op == "get_attr":
+            known[node] = self._state_fact(str(node.target))
+        elif node.target is operator.getitem:
+            known[node] = known[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif node.op == "call_function":
+            op = self.op(node)
+            known[node] = self.rule(node).known(op, [known[n] for n in op.inputs])
+
+    def update_indirect(self, node: fx.Node) -> None:
+        """Send one node's neededness to its inputs."""
+        needed = self.facts.needed
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self._need(source, torch.ones((1,) * len(shape_of(source)), dtype=torch.bool))
+            return
+        if node not in needed or node.op != "call_function":
+            return
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node) and isinstance(index, int)
+            parts = needed.setdefault(source, [_none(m) for m in self.op(source).results])
+            parts[index] = parts[index] | needed[node]
+            return
+        op = self.op(node)
+        parts = needed[node] if op.several else [needed[node]]
+        for source, part in zip(op.inputs, self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts), strict=True):
+            if bool(part.any()):
+                self._need(source, part)
+
+    def _need(self, node: fx.Node, part: Tensor) -> None:
+        before = self.facts.needed.get(node)
+        self.facts.needed[node] = part if before is None else before | part
+
+    def _state_fact(self, name: str) -> Fact:
+        tensor = self.graph.state[name]
+        mask = self.masks.get(name)
+        if mask is None:
+            return Fact.constant(tensor.ndim, lambda: tensor.detach().cpu())
+        keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
+        true = torch.ones((1,) * tensor.ndim, dtype=torch.bool)
+        return Fact(true, _squash(~keep.bool()), lambda: as_double(tensor).cpu() * keep)
+
+
+def _squash(pattern: Tensor) -> Tensor:
+    """Drop the axes along which a pattern does not vary."""
+    for axis in reversed(range(pattern.ndim)):
+        first = pattern.narrow(axis, 0, 1)
+        if pattern.shape[axis] > 1 and torch.equal(pattern, first.expand_as(pattern)):
+            pattern = first
+    return pattern
+
+
+def _none(meta: Any) -> Tensor:
+    return torch.zeros((1,) * (0 if meta is None else len(meta.shape)), dtype=torch.bool)

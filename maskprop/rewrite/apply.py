@@ -1,0 +1,72 @@
+"""Apply a plan to a model's tensors: mask, slice, add constants, new biases, leaf attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from maskprop.align.plan import Plan
+from maskprop.errors import PlanError
+from maskprop.rewrite.edits import Edits, owner_of, tensor_of
+from maskprop.rewrite.leaves import update_leaves
+
+
+def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
+    """Make the model's tensors compact and its leaf modules agree with them.
+
+    Args:
+        edits: the model and its undo log.
+        plan: what stays.
+        masks: applied to what stays, by tensor name.
+
+    Raises:
+        PlanError: the plan names a tensor that the model does not have, or of another shape.
+    """
+    apply_tensors(edits, plan, masks)
+    update_leaves(edits, plan)
+    for change in plan.attributes:
+        edits.set_attribute(edits.model.get_submodule(change.module), change.attribute, change.new)
+
+
+def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
+    """Slice, mask and add; see :func:`apply_plan`."""
+    model = edits.model
+    for name in dict.fromkeys([*plan.keep, *masks, *(a.name for a in plan.add)]):
+        try:
+            tensor = tensor_of(model, name)
+        except AttributeError as error:
+            raise PlanError(f"the plan changes '{name}', which the model does not have. Build the architecture that the plan was made from.") from error
+        with torch.no_grad():
+            data = tensor.detach()
+            sliced = plan.slice(name, data) if name in plan.keep else data
+            if name in masks:
+                mask = _sliced_mask(plan, name, masks[name].to(data.device), data)
+                sliced = torch.where(mask.bool(), sliced, torch.zeros((), dtype=sliced.dtype, device=sliced.device))
+            for add in plan.add:
+                if add.name == name:
+                    sliced = _added(sliced, add.value, add.axis, add.at)
+        edits.set_data(tensor, sliced)
+    for name, value in plan.new_bias.items():
+        module, key = owner_of(model, name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        bias = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)
+        edits.set_parameter(module, key, bias)
+
+
+def _sliced_mask(plan: Plan, name: str, mask: Tensor, tensor: Tensor) -> Tensor:
+    if name not in plan.keep:
+        return mask
+    return plan.slice(name, mask.expand(tensor.shape))
+
+
+def _added(tensor: Tensor, value: Tensor, axis: int | None, at: int) -> Tensor:
+    """``tensor + value`` (at one slice), rounded once."""
+    if axis is None:
+        return (tensor.double() + value.to(tensor.device)).to(tensor.dtype)
+    tensor = tensor.clone()
+    part = tensor.select(axis, at)
+    part.copy_((part.double() + value.to(tensor.device)).to(tensor.dtype))
+    return tensor

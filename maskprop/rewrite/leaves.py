@@ -1,0 +1,135 @@
+"""Attributes of ``torch.nn`` leaves that follow the shapes of their tensors.
+
+Found by the type's MRO, so that subclasses are served; a leaf's attributes are a function of its sliced tensors and
+of which units stayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from maskprop.align.plan import Plan
+from maskprop.rewrite.edits import Edits
+
+Update = Callable[[nn.Module, "LeafPlan"], dict[str, object]]
+_UPDATES: dict[type, Update] = {}
+
+
+class LeafPlan:
+    """What the plan says about one module's own tensors."""
+
+    def __init__(self, plan: Plan, path: str) -> None:
+        self._plan, self._dot = plan, path + "." if path else ""
+
+    def touches(self, module: nn.Module) -> bool:
+        """Whether any of the module's own tensors shrinks."""
+        return any(self._dot + key in self._plan.keep for table in (module._parameters, module._buffers) for key in table)
+
+    def blocks(self, key: str, count: int, tensor: Tensor) -> int:
+        """Of ``count`` equal blocks of a tensor's rows, how many keep a row."""
+        name = self._dot + key
+        keeps = self._plan.keep.get(name, [])
+        rows = next((k.index for k in keeps if k.axis == 0), None)
+        if rows is None:
+            return count
+        size = self._plan.shapes[name][0] // count
+        return len(torch.unique(rows // size))
+
+
+def leaf(*types: type) -> Callable[[Update], Update]:
+    """Register the update of module types."""
+
+    def add(update: Update) -> Update:
+        for t in types:
+            _UPDATES[t] = update
+        return update
+
+    return add
+
+
+def update_leaves(edits: Edits, plan: Plan) -> None:
+    """Set the attributes of every leaf whose tensors shrank."""
+    for path, module in edits.model.named_modules():
+        info = LeafPlan(plan, path)
+        if not info.touches(module):
+            continue
+        update = next((_UPDATES[t] for t in type(module).__mro__ if t in _UPDATES), None)
+        if update is not None:
+            for name, value in update(module, info).items():
+                if getattr(module, name, None) != value:
+                    edits.set_attribute(module, name, value)
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    tensor = getattr(module, name)
+    assert isinstance(tensor, Tensor)
+    return tuple(tensor.shape)
+
+
+@leaf(nn.Linear)
+def _linear(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    out, into = _shape(module, "weight")
+    return {"out_features": out, "in_features": into}
+
+
+@leaf(nn.Bilinear)
+def _bilinear(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    out, left, right = _shape(module, "weight")
+    return {"out_features": out, "in1_features": left, "in2_features": right}
+
+
+@leaf(nn.modules.conv._ConvNd)
+def _conv(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    rows, columns, *_ = _shape(module, "weight")
+    groups = plan.blocks("weight", module.groups, module.weight) if module.groups > 1 else 1
+    if module.transposed:
+        return {"in_channels": rows, "out_channels": columns * groups, "groups": groups}
+    return {"out_channels": rows, "in_channels": columns * groups, "groups": groups}
+
+
+@leaf(nn.modules.batchnorm._NormBase)
+def _batch_norm(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    tensor = next(t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim == 1)
+    return {"num_features": tensor.shape[0]}
+
+
+@leaf(nn.GroupNorm)
+def _group_norm(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    assert isinstance(module, nn.GroupNorm)
+    return {"num_channels": _shape(module, "weight")[0], "num_groups": plan.blocks("weight", module.num_groups, module.weight)}
+
+
+@leaf(nn.LayerNorm, nn.RMSNorm)
+def _layer_norm(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    return {"normalized_shape": _shape(module, "weight")}
+
+
+@leaf(nn.PReLU)
+def _prelu(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    return {"num_parameters": _shape(module, "weight")[0]}
+
+
+@leaf(nn.Embedding, nn.EmbeddingBag)
+def _embedding(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    rows, columns = _shape(module, "weight")
+    return {"num_embeddings": rows, "embedding_dim": columns}
+
+
+@leaf(nn.RNNBase)
+def _recurrent(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    assert isinstance(module, nn.RNNBase)
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    hidden = _shape(module, "weight_ih_l0")[0] // gates
+    found: dict[str, object] = {"input_size": _shape(module, "weight_ih_l0")[1], "hidden_size": hidden}
+    if module.proj_size:
+        found["proj_size"] = _shape(module, "weight_hh_l0")[1]
+    return found
+
+
+@leaf(nn.RNNCellBase)
+def _cell(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
+    return {"input_size": _shape(module, "weight_ih")[1], "hidden_size": _shape(module, "weight_hh")[1]}

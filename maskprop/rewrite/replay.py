@@ -1,0 +1,126 @@
+"""Trace the compact model and compare it, op by op, with what the plan expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from maskprop.align.align import Alignment
+from maskprop.graph.graph import Graph, TensorMeta, is_op
+from maskprop.graph.trace import Inputs, trace_partial
+
+aten = torch.ops.aten
+
+# Ops that only lay memory out: whether they appear depends on sizes and strides.
+_LAYOUT = {aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.dropout.default}
+_SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default, aten.mm.default: aten.addmm.default}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first op that is not what the plan expects.
+
+    Attributes:
+        index: progress: how many ops agreed before it.
+        path: module path.
+        op: the dense op, or ``None`` past the end.
+        wanted, actual: shapes or scalar arguments.
+        error: what ``forward`` raised there, if it did.
+    """
+
+    index: int
+    path: str
+    op: fx.Node | None
+    wanted: Any
+    actual: Any
+    error: str = ""
+
+    def __str__(self) -> str:
+        at = f"{self.op.target} in '{self.path}'" if self.op is not None else f"'{self.path}'"
+        return f"{at}: expected {self.wanted}, got {self.actual}" + (f" ({self.error})" if self.error else "")
+
+
+class Replay:
+    """What the compact model's trace should look like, by the alignment of the dense one."""
+
+    def __init__(self, graph: Graph, alignment: Alignment) -> None:
+        self.alignment = alignment
+        self.ops = [n for n in graph.fx.nodes if is_op(n)]
+        self.shapes = {n: self._expected(n) for n in self.ops}
+        self.concrete = graph.concrete
+
+    def _expected(self, node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
+        meta = node.meta["tensor"]
+        if isinstance(meta, tuple):
+            return tuple(None if m is None else self.alignment.expected_shape(node, i) for i, m in enumerate(meta))
+        return (self.alignment.expected_shape(node),)
+
+    def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
+        """Trace ``model`` and return the first mismatch."""
+        graph, error, path = trace_partial(model, inputs, self.concrete)
+        return self.compare([n for n in graph.fx.nodes if is_op(n)], error, path)
+
+    def compare(self, actual: list[fx.Node], error: Exception | None, path: str) -> Mismatch | None:
+        """The first mismatch between the recorded ops and the expected ones."""
+        dense = [n for n in self.ops if n.target not in _LAYOUT and not self._idle(self.shapes[n], self._input_shape(n), n)]
+        compact = [n for n in actual if n.target not in _LAYOUT and not self._idle(_shapes(n), _in_shape(n), n)]
+        for i, (want, got) in enumerate(zip(dense, compact, strict=False)):
+            found = self._differs(want, got)
+            if found is not None:
+                return Mismatch(i, str(want.meta["path"]), want, *found)
+        n = min(len(dense), len(compact))
+        if error is not None:
+            at = dense[n] if n < len(dense) else None
+            return Mismatch(n, path, at, None if at is None else self.shapes[at], "an exception", f"{type(error).__name__}: {error}")
+        if len(dense) != len(compact):
+            at = dense[n] if n < len(dense) else None
+            where = str((dense[n] if n < len(dense) else compact[n]).meta["path"])
+            return Mismatch(n, where, at, f"{len(dense)} ops", f"{len(compact)} ops")
+        return None
+
+    def _input_shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if source is None or not isinstance(source.meta["tensor"], TensorMeta):
+            return None
+        return self.alignment.expected_shape(source)
+
+    @staticmethod
+    def _idle(shapes: tuple[Any, ...], source: tuple[int, ...] | None, node: fx.Node) -> bool:
+        """A reshape or expand to the shape that its input has."""
+        kinds = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default)
+        return node.target in kinds and len(shapes) == 1 and shapes[0] == source
+
+    def _differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
+        if _SAME.get(want.target, want.target) is not _SAME.get(got.target, got.target):  # type: ignore[call-overload]
+            return want.target, got.target
+        wanted, actual = self.shapes[want], _shapes(got)
+        if wanted != actual:
+            return wanted, actual
+        if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
+            for a, b in zip(_scalars(want), _scalars(got), strict=False):
+                if a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))):
+                    return a, b
+        return None
+
+
+def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
+    meta = node.meta["tensor"]
+    return tuple(None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,)))
+
+
+def _in_shape(node: fx.Node) -> tuple[int, ...] | None:
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    meta = None if source is None else source.meta["tensor"]
+    return meta.shape if isinstance(meta, TensorMeta) else None
+
+
+def _scalars(node: fx.Node) -> Iterator[float]:
+    for arg in node.args:
+        if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+            yield arg
+
+

@@ -1,0 +1,115 @@
+"""Compare the compact model with the masked one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maskprop.graph.graph import Graph
+from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.graph.trace import Inputs, frozen_state
+from maskprop.rewrite.reference import reference_outputs
+
+log = logging.getLogger(__name__)
+
+# Relative L2 error that rounding alone explains, by the coarsest dtype of the outputs.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the worst output, its relative error and the tolerance."""
+
+    output: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def fresh_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """Other inputs of the same shapes: normal for floats of the same scale, integers within the range that came."""
+
+    def fresh(t: Tensor) -> Tensor:
+        if t.dtype == torch.bool or t.numel() == 0:
+            return t
+        if t.is_floating_point() or t.is_complex():
+            made = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+            scale = t.double().std() if t.numel() > 1 else t.double().abs().mean()
+            return (made * (scale if scale > 0 else 1.0) + t.double().mean()).to(t.dtype)
+        low, high = int(t.min()), int(t.max())
+        return torch.randint(low, high + 1, t.shape, generator=generator).to(t)
+
+    found: Inputs = map_tensors(inputs, fresh)
+    return found
+
+
+def run_model(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
+    """Outputs in evaluation mode, the model left as it was."""
+    with frozen_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        args, kwargs = inputs
+        return [(path, t.detach()) for path, t in tensors_in(model(*args, **kwargs))]
+
+
+class Reference:
+    """Outputs of the masked model, computed before anything changes.
+
+    Args:
+        graph: of the dense model.
+        state: its tensors with the masks applied.
+        batches: inputs to compare on.
+    """
+
+    def __init__(self, graph: Graph, state: dict[str, Tensor], batches: Sequence[Inputs]) -> None:
+        self.batches = list(batches)
+        self.paths = graph.output_paths
+        self.outputs = [reference_outputs(graph, state, [t for _, t in tensors_in(b)]) for b in self.batches]
+
+    def compare(self, model: nn.Module) -> Check:
+        """Run the compact model on every batch.
+
+        Raises:
+            Exception: whatever the model's forward raises.
+        """
+        worst = Check("", 0.0, TOLERANCE[torch.float32])
+        for batch, wanted in zip(self.batches, self.outputs, strict=True):
+            got = run_model(model, batch)
+            if len(got) != len(wanted):
+                return Check("the number of outputs", float("inf"), 0.0)
+            for path, (_, actual), expected in zip(self.paths, got, wanted, strict=True):
+                check = _check(path, actual, expected)
+                if check.error - check.tolerance > worst.error - worst.tolerance or not worst.output:
+                    worst = check
+        return worst
+
+    def constant_outputs(self) -> list[str]:
+        """Outputs that do not vary: no comparison on them proves anything."""
+        found = []
+        for i, path in enumerate(self.paths):
+            values = [o[i] for o in self.outputs]
+            if values[0].is_floating_point() and all(v.numel() > 1 and bool((v == v.flatten()[0]).all()) for v in values):
+                found.append(path or "the output")
+        return found
+
+
+def _check(path: str, actual: Tensor, expected: Tensor) -> Check:
+    tolerance = TOLERANCE.get(expected.dtype, 0.0)
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return Check(path, float("inf"), tolerance)
+    if not expected.is_floating_point():
+        if expected.is_complex():
+            return _check(path, torch.view_as_real(actual), torch.view_as_real(expected))
+        return Check(path, float((actual != expected).double().mean()) if expected.numel() else 0.0, tolerance)
+    a, b = actual.double(), expected.double()
+    same = a.isfinite() & b.isfinite()
+    if not torch.equal(torch.where(same, 0.0, torch.nan_to_num(a)), torch.where(same, 0.0, torch.nan_to_num(b))) or not torch.equal(a.isnan(), b.isnan()):
+        return Check(path, float("inf"), tolerance)
+    a, b = torch.where(same, a, 0.0), torch.where(same, b, 0.0)
+    norm = float(b.norm())
+    return Check(path, float((a - b).norm()) / norm if norm > 0 else float((a - b).norm()), tolerance)
