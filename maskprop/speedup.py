@@ -18,10 +18,9 @@ from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
 from maskprop.infer.sweep import Inference
 from maskprop.masks import MasksLike, load_masks
 from maskprop.report import Report
-from maskprop.rewrite.apply import apply_plan
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.reference import masked_state
-from maskprop.rewrite.repair import repair
+from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.verify import Reference, fresh_inputs
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,9 @@ class ModelSpeedup:
         edits = Edits(self.model)
         try:
             with self._stage("rewrite"):
-                alignment = repair(edits, graph, inference, alignment, masks, self.inputs)
+                repair = Repair(edits, graph, inference, masks, self.inputs, self.constants, self.channel_multiple)
+                alignment = repair.run(alignment)
+                self.report.repair = repair
             if reference is not None:
                 with self._stage("verify"):
                     check = reference.compare(self.model)

@@ -41,6 +41,8 @@ class Graph:
         aliases: other names of the same parameter or buffer -> the name used here.
         concrete: whether real values were computed (the branch taken is then this input's).
         mutated: buffers that ``forward`` writes to.
+        output_paths: where each output stands in what ``forward`` returns.
+        calls: arguments of every module's first call, with nodes in place of tensors.
     """
 
     fx: fx.Graph
@@ -49,6 +51,7 @@ class Graph:
     concrete: bool = False
     mutated: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
+    calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:

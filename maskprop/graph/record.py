@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.functional import Value, functional_overload
 from maskprop.graph.graph import Graph, TensorMeta
+from maskprop.graph.structure import map_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
 _QUERIES = {"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride", "aten::is_contiguous", "aten::is_pinned"}
@@ -48,29 +48,36 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def module_paths(self) -> Iterator[None]:
-        """Follow which module is running, through hooks on every module of the process."""
+        """Follow which module is running, through a wrapper of every module's call."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        call = nn.Module.__call__
+
+        def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._calls += 1
-            self.last_path = self._paths.get(id(module), self._stack[-1][0])
-            self._stack.append((self.last_path, self._calls))
+            path = self._paths.get(id(module), self._stack[-1][0])
+            self.last_path = path
+            self._note_call(path, args, kwargs)
+            self._stack.append((path, self._calls))
             self._types.append(type(module))
+            try:
+                result = call(module, *args, **kwargs)
+            finally:
+                self._stack.pop()
+                self._types.pop()
+            self.last_path = self._stack[-1][0]
+            return result
 
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            self._stack.pop()
-            self._types.pop()
-            if sys.exc_info()[0] is None:
-                self.last_path = self._stack[-1][0]
-
-        handles = [
-            nn.modules.module.register_module_forward_pre_hook(enter),
-            nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        ]
+        nn.Module.__call__ = recorded  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+
+    def _note_call(self, path: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of a module's first call, with nodes in place of tensors."""
+        if path not in self.graph.calls:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.graph.calls[path] = map_tensors((args, kwargs), self._node)
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         node = self.graph.fx.placeholder(name)
@@ -96,6 +103,9 @@ class Recorder(TorchDispatchMode):
         schema = op._schema
         if schema.name in _QUERIES:
             return op(*args, **kwargs)
+        if schema.name in _DECOMPOSED:
+            with self:
+                return _DECOMPOSED[schema.name](*args, **kwargs)
         node_args = fx.node.map_aggregate(args, self._to_node)
         node_kwargs = fx.node.map_aggregate(kwargs, self._to_node)
         if schema.name == "aten::_local_scalar_dense" and not self.graph.concrete:
@@ -259,6 +269,33 @@ class Recorder(TorchDispatchMode):
 
 # These declare a write to running statistics that evaluation mode does not do.
 _MUTABLE_STATISTICS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::_native_batch_norm_legit", "aten::batch_norm_with_update"}
+
+
+def _pixel_shuffle(x: Tensor, r: int) -> Tensor:
+    *batch, c, h, w = x.shape
+    n = len(batch)
+    cut = x.view(*batch, c // r**2, r, r, h, w).permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return cut.reshape(*batch, c // r**2, h * r, w * r)
+
+
+def _pixel_unshuffle(x: Tensor, r: int) -> Tensor:
+    *batch, c, h, w = x.shape
+    n = len(batch)
+    cut = x.view(*batch, c, h // r, r, w // r, r).permute(*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return cut.reshape(*batch, c * r**2, h // r, w // r)
+
+
+def _channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    batch, c, *space = x.shape
+    return x.view(batch, groups, c // groups, *space).transpose(1, 2).reshape(batch, c, *space)
+
+
+# Ops that are a few movements in one: recorded as these, whose sizes the replay can compare one by one.
+_DECOMPOSED = {
+    "aten::pixel_shuffle": _pixel_shuffle,
+    "aten::pixel_unshuffle": _pixel_unshuffle,
+    "aten::channel_shuffle": _channel_shuffle,
+}
 
 
 def _blank(node: fx.Node) -> Any:

@@ -11,36 +11,37 @@ import torch
 from torch import Tensor
 
 
-def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_in(value: Any, path: str = "", kind: type = Tensor) -> Iterator[tuple[str, Any]]:
     """Yield ``(path, tensor)`` for every tensor in nested tuples, lists, mappings and dataclasses.
 
-    Other objects (a key-value cache, say) are opaque: they carry state, not results.
+    Other objects (a key-value cache, say) are opaque: they carry state, not results. ``kind`` finds something else
+    in place of tensors.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, kind):
         yield path, value
         return
     for key, child in _children(value):
-        yield from tensors_in(child, f"{path}.{key}" if path else str(key))
+        yield from tensors_in(child, f"{path}.{key}" if path else str(key), kind)
 
 
-def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> Any:
     """Rebuild ``value`` with ``fn`` applied to each tensor that :func:`tensors_in` finds."""
-    if isinstance(value, Tensor):
+    if isinstance(value, kind):
         return fn(value)
     if isinstance(value, Mapping):
         if type(value) is dict:
-            return {k: map_tensors(v, fn) for k, v in value.items()}
+            return {k: map_tensors(v, fn, kind) for k, v in value.items()}
         rebuilt = copy.copy(value)
         for key, child in value.items():
-            rebuilt[key] = map_tensors(child, fn)
+            rebuilt[key] = map_tensors(child, fn, kind)
         return rebuilt
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, fn) for v in value))
+        return type(value)(*(map_tensors(v, fn, kind) for v in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(v, fn) for v in value)
+        return type(value)(map_tensors(v, fn, kind) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changes = {
-            f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value) if f.init
+            f.name: map_tensors(getattr(value, f.name), fn, kind) for f in dataclasses.fields(value) if f.init
         }
         return dataclasses.replace(value, **changes)
     return value

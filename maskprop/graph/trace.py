@@ -98,7 +98,8 @@ def describe_inputs(inputs: Inputs) -> str:
 def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Graph, Exception | None, str]:
     """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose."""
     try:
-        return _trace(model, inputs, concrete), None, ""
+        with _quiet():
+            return _trace(model, inputs, concrete), None, ""
     except Exception as error:  # the caller reads it
         recorder = getattr(error, "_maskprop_recorder", None)
         if recorder is None:
@@ -128,6 +129,18 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
         graph = recorder.finish(list(tensors_in(output)))
     graph.check()
     return graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Failing on fake tensors is expected in a replay: torch need not log it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -1,24 +1,279 @@
-"""Make the compact model's ``forward`` agree with the plan."""
+"""Make the compact model's ``forward`` agree with the plan.
+
+The compact model is replayed. At the first op that is not what the plan expects, the module is known, and so are the
+wanted and the actual sizes. In order of preference: set the module's attributes that hold an old size; generate a
+forward for the module; pin the units of that op and solve again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from maskprop.align.align import Alignment
+from maskprop.align.align import Alignment, align
+from maskprop.align.plan import AttributeChange
 from maskprop.errors import RewriteError
-from maskprop.graph.graph import Graph
+from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.trace import Inputs
+from maskprop.infer.coupling import Pin
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan
+from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.edits import Edits
-from maskprop.rewrite.replay import Replay
+from maskprop.rewrite.generate import generate_forwards
+from maskprop.rewrite.replay import Mismatch, Replay
+
+log = logging.getLogger(__name__)
+
+# How often a solve may be repeated with more units pinned.
+MAX_SOLVES = 24
 
 
-def repair(edits: Edits, graph: Graph, inference: Inference, alignment: Alignment, masks: Mapping[str, Tensor], inputs: Inputs) -> Alignment:
-    apply_plan(edits, alignment.plan, masks)
-    mismatch = Replay(graph, alignment).run(edits.model, inputs)
-    if mismatch is not None:
-        raise RewriteError(f"the compact model does not follow the plan at {mismatch}")
-    return alignment
+@dataclass
+class Repair:
+    """Applies a plan to the model and mends its modules until the replay agrees.
+
+    Attributes:
+        edits: the model and its undo log.
+        graph, inference: of the dense model.
+        masks: by tensor name.
+        inputs: the dummy input.
+        constants, channel_multiple: see :func:`maskprop.align.align.align`.
+        generated: paths of the modules that got a generated forward, with the reason.
+        pinned: why units were kept after a solve.
+    """
+
+    edits: Edits
+    graph: Graph
+    inference: Inference
+    masks: Mapping[str, Tensor]
+    inputs: Inputs
+    constants: str = "exact"
+    channel_multiple: int = 1
+    generated: dict[str, str] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    pinned: list[str] = field(default_factory=list)
+
+    def run(self, alignment: Alignment) -> Alignment:
+        """Apply the plan, mending or giving up units until the model follows it.
+
+        Returns:
+            The alignment that was carried out, its plan with the attribute changes.
+
+        Raises:
+            RewriteError: no plan could be followed.
+        """
+        pins: list[Pin] = []
+        mark = self.edits.mark()
+        for _ in range(MAX_SOLVES):
+            self.generated.clear()
+            self.replaced.clear()
+            apply_plan(self.edits, alignment.plan, self.masks)
+            if alignment.plan.empty:
+                return alignment
+            self.replaced += replace_attention(self.edits, alignment.plan, self.graph)
+            mismatch = self._mend(alignment)
+            if mismatch is None:
+                return alignment
+            log.info("units kept: %s", mismatch)
+            self.edits.rollback(mark)
+            more = self._pins(alignment, mismatch)
+            if not more:
+                raise RewriteError(
+                    f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be kept instead explains it. "
+                    "The model is unchanged. Leave the masks of that module out, or give a customized_replacer for it."
+                )
+            self.pinned.append(str(mismatch))
+            pins += more
+            alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins))
+        raise RewriteError(f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was at {self.pinned[-1]}. The model is unchanged.")
+
+    # -- mending --------------------------------------------------------------------------------
+
+    def _mend(self, alignment: Alignment) -> Mismatch | None:
+        """Repair attributes and forwards; the mismatch that remains, if any."""
+        replay = Replay(self.graph, alignment, self.replaced)
+        mismatch = replay.run(self.edits.model, self.inputs)
+        while mismatch is not None:
+            after = self._set_attributes(alignment, replay, mismatch)
+            if after is mismatch:
+                after = self._generate(alignment, replay, mismatch)
+            if after is mismatch:
+                return mismatch
+            mismatch = after
+        return None
+
+    def _set_attributes(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
+        """Try attributes that hold an old size; the next mismatch, or the same object if none helps."""
+        candidates = list(self._candidates(replay, mismatch))
+        attempts = [[c] for c in candidates]
+        if len(candidates) > 1:
+            attempts.append(candidates)
+        for attempt in attempts:
+            mark = self.edits.mark()
+            changes = [change for candidate in attempt for change in self._everywhere(replay, candidate)]
+            for change in changes:
+                self.edits.set_attribute(self.edits.model.get_submodule(change.module), change.attribute, change.new)
+            after = replay.run(self.edits.model, self.inputs)
+            if after is None or after.index > mismatch.index:
+                alignment.plan.attributes += changes
+                return after
+            self.edits.rollback(mark)
+        return mismatch
+
+    def _candidates(self, replay: Replay, mismatch: Mismatch) -> Iterator[_Candidate]:
+        """Attributes of the module at fault and its ancestors that equal a size which changed."""
+        if mismatch.op is None:
+            return
+        seen: set[tuple[str, str, int]] = set()
+        for path in _lineage(mismatch.path):
+            module = self.edits.model.get_submodule(path)
+            for size in _changed_sizes(replay, mismatch):
+                for name, value in list(vars(module).items()):
+                    new = _replaced(value, size.old, size.new)
+                    if new is not None and not name.startswith("__") and (path, name, size.new) not in seen:
+                        seen.add((path, name, size.new))
+                        yield _Candidate(path, name, value, new, size)
+
+    def _everywhere(self, replay: Replay, candidate: _Candidate) -> list[AttributeChange]:
+        """The change, and the same change in the other modules of the class, each with its own size."""
+        model = self.edits.model
+        kind = type(model.get_submodule(candidate.path))
+        changes = [AttributeChange(candidate.path, candidate.attribute, candidate.old, candidate.new)]
+        below = candidate.size.path.removeprefix(candidate.path)
+        for path, module in model.named_modules():
+            if type(module) is not kind or path == candidate.path or vars(module).get(candidate.attribute) != candidate.old:
+                continue
+            size = candidate.size.at(replay, path + below if path else below.lstrip("."))
+            if size is not None and size.old != size.new:
+                new = _replaced(candidate.old, size.old, size.new)
+                if new is not None:
+                    changes.append(AttributeChange(path, candidate.attribute, candidate.old, new))
+        return changes
+
+    def _generate(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
+        """Generate a forward for the module at fault and its like; as :meth:`_set_attributes`."""
+        if mismatch.path in self.generated:
+            return mismatch
+        kind = type(self.edits.model.get_submodule(mismatch.path))
+        paths = [p for p, m in self.edits.model.named_modules() if type(m) is kind and p not in self.generated]
+        mark = self.edits.mark()
+        done = generate_forwards(self.edits, self.graph, replay, paths, self.inputs)
+        after = replay.run(self.edits.model, self.inputs)
+        if mismatch.path in done and (after is None or after.index > mismatch.index):
+            self.generated.update({p: str(mismatch) for p in done})
+            return after
+        self.edits.rollback(mark)
+        return mismatch
+
+    # -- giving up ------------------------------------------------------------------------------
+
+    def _pins(self, alignment: Alignment, mismatch: Mismatch) -> list[Pin]:
+        """Pin what leaves at the op at fault, and at the same op in the other modules of its class."""
+        if mismatch.op is None:
+            return []
+        replay = Replay(self.graph, alignment)
+        kind = mismatch.op.meta["module"]
+        position = replay.position(mismatch.op)
+        found: list[Pin] = []
+        for node in replay.ops:
+            if node.meta["module"] is kind and node.target is mismatch.op.target and replay.position(node) == position:
+                found += self._pin_node(alignment, node)
+        if not found:  # nothing leaves at the op itself: the module's other ops must be at fault
+            for node in replay.ops:
+                if node.meta["module"] is kind:
+                    found += self._pin_node(alignment, node)
+        return found
+
+    @staticmethod
+    def _pin_node(alignment: Alignment, node: fx.Node) -> list[Pin]:
+        found = []
+        for one in [node, *node.all_input_nodes]:
+            labels = alignment.coupling.labels.get(one)
+            for array in (a for part in (labels if isinstance(labels, tuple) else [labels or []]) for a in part):
+                if array is not None and alignment.solution.leaves(array).any():
+                    found.append(Pin(array, f"{node.target} in '{node.meta['path']}' could not be made to follow", node.name))
+        return found
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A size in a recorded op of a module: the ``position``-th op, its input or result ``value``, axis ``axis``."""
+
+    path: str
+    position: int
+    value: int
+    axis: int
+    old: int
+    new: int
+
+    def at(self, replay: Replay, path: str) -> _Size | None:
+        """The same size in another module."""
+        ops = replay.ops_of(path)
+        if self.position >= len(ops):
+            return None
+        pairs = list(_sizes(replay, ops[self.position], path, self.position))
+        return next((p for p in pairs if p.value == self.value and p.axis == self.axis), None)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    path: str
+    attribute: str
+    old: Any
+    new: Any
+    size: _Size
+
+
+def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
+    """Sizes that changed: at the op at fault first, then at the other ops of its module."""
+    assert mismatch.op is not None
+    path, first = mismatch.path, replay.position(mismatch.op)
+    ops = replay.ops_of(path)
+    order = [first] if first is not None else []
+    order += [i for i in range(len(ops)) if i != first]
+    seen: set[tuple[int, int]] = set()
+    for i in order:
+        for size in _sizes(replay, ops[i], path, i):
+            if size.old != size.new and (size.old, size.new) not in seen:
+                seen.add((size.old, size.new))
+                yield size
+
+
+def _sizes(replay: Replay, node: fx.Node, path: str, position: int) -> Iterator[_Size]:
+    pairs = list(zip(_metas(node), replay.shapes[node], strict=True))
+    for source in node.all_input_nodes:
+        if is_op(source) and source in replay.shapes:
+            pairs += zip(_metas(source), replay.shapes[source], strict=True)
+        elif not isinstance(source.meta["tensor"], tuple):
+            pairs.append((source.meta["tensor"].shape, replay.alignment.expected_shape(source)))
+    for value, (dense, compact) in enumerate(pairs):
+        for axis, (old, new) in enumerate(zip(dense or (), compact or (), strict=False)):
+            yield _Size(path, position, value, axis, old, new)
+
+
+def _metas(node: fx.Node) -> list[tuple[int, ...] | None]:
+    meta = node.meta["tensor"]
+    return [None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,))]
+
+
+def _replaced(value: Any, old: int, new: int) -> Any:
+    """The attribute's value with the old size replaced, or ``None`` if it does not hold it."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return type(value)(new) if value == old else None
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list) and old in value and all(isinstance(v, int) for v in value):
+        return type(value)(new if v == old else v for v in value)
+    return None
+
+
+def _lineage(path: str) -> Sequence[str]:
+    """The module and its ancestors, the nearest first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +47,46 @@ class Mismatch:
 class Replay:
     """What the compact model's trace should look like, by the alignment of the dense one."""
 
-    def __init__(self, graph: Graph, alignment: Alignment) -> None:
+    def __init__(self, graph: Graph, alignment: Alignment, replaced: Sequence[str] = ()) -> None:
+        """Args: replaced: paths of modules that compute the same in another way; their ops are not compared."""
         self.alignment = alignment
+        self.replaced = tuple(replaced)
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete = graph.concrete
+        self._by_path: dict[str, list[fx.Node]] = {}
+        self._position: dict[fx.Node, int] = {}
+        for node in self.ops:
+            mates = self._by_path.setdefault(str(node.meta["path"]), [])
+            self._position[node] = len(mates)
+            mates.append(node)
+
+    def ops_of(self, path: str) -> list[fx.Node]:
+        """The ops that a module itself made, in order."""
+        return self._by_path.get(path, [])
+
+    def position(self, node: fx.Node) -> int | None:
+        """Where an op stands among its module's own."""
+        return self._position.get(node)
+
+    def significant(self, nodes: Sequence[fx.Node], dense: bool) -> list[fx.Node]:
+        """The ops that are compared: no memory layout, nothing inside replaced modules."""
+        found = []
+        for n in nodes:
+            shapes, source = (self.shapes[n], self._input_shape(n)) if dense else (_shapes(n), _in_shape(n))
+            if n.target not in _LAYOUT and not self._idle(shapes, source, n) and not self._inside_replaced(n):
+                found.append(n)
+        return found
+
+    def _inside_replaced(self, node: fx.Node) -> bool:
+        path = str(node.meta["path"])
+        return any(path == r or path.startswith(r + ".") for r in self.replaced)
 
     def _expected(self, node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
         meta = node.meta["tensor"]
         if isinstance(meta, tuple):
-            return tuple(None if m is None else self.alignment.expected_shape(node, i) for i, m in enumerate(meta))
+            read = {user.args[1] for user in node.users}
+            return tuple(self.alignment.expected_shape(node, i) if i in read else None for i in range(len(meta)))
         return (self.alignment.expected_shape(node),)
 
     def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
@@ -66,10 +96,9 @@ class Replay:
 
     def compare(self, actual: list[fx.Node], error: Exception | None, path: str) -> Mismatch | None:
         """The first mismatch between the recorded ops and the expected ones."""
-        dense = [n for n in self.ops if n.target not in _LAYOUT and not self._idle(self.shapes[n], self._input_shape(n), n)]
-        compact = [n for n in actual if n.target not in _LAYOUT and not self._idle(_shapes(n), _in_shape(n), n)]
+        dense, compact = self.significant(self.ops, dense=True), self.significant(actual, dense=False)
         for i, (want, got) in enumerate(zip(dense, compact, strict=False)):
-            found = self._differs(want, got)
+            found = self.differs(want, got)
             if found is not None:
                 return Mismatch(i, str(want.meta["path"]), want, *found)
         n = min(len(dense), len(compact))
@@ -94,10 +123,13 @@ class Replay:
         kinds = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default)
         return node.target in kinds and len(shapes) == 1 and shapes[0] == source
 
-    def _differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
+    def differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
+        """What was wanted and what came, where a compact op is not what the dense one says."""
         if _SAME.get(want.target, want.target) is not _SAME.get(got.target, got.target):  # type: ignore[call-overload]
             return want.target, got.target
         wanted, actual = self.shapes[want], _shapes(got)
+        if len(wanted) == len(actual):  # results that nothing reads do not matter
+            actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
         if wanted != actual:
             return wanted, actual
         if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]

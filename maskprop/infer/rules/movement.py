@@ -478,31 +478,6 @@ def _flip(op: Op) -> list[Step]:
     return [Roll(op.shapes[0], dims, lambda t: t.flip(dims), lambda t: t.flip(dims))]
 
 
-def _pixel_shuffle(op: Op) -> list[Step]:
-    *batch, channels, h, w = op.shapes[0]
-    r, n = op.arg("upscale_factor"), len(batch)
-    cut_shape = (*batch, channels // r**2, r, r, h, w)
-    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
-    moved = Permute(cut_shape, order)
-    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
-
-
-def _pixel_unshuffle(op: Op) -> list[Step]:
-    *batch, channels, h, w = op.shapes[0]
-    r, n = op.arg("downscale_factor"), len(batch)
-    cut_shape = (*batch, channels, h // r, r, w // r, r)
-    moved = Permute(cut_shape, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
-    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
-
-
-def _channel_shuffle(op: Op) -> list[Step]:
-    batch, channels, *space = op.shapes[0]
-    groups = op.arg("groups")
-    cut_shape = (batch, groups, channels // groups, *space)
-    moved = Permute(cut_shape, (0, 2, 1, *range(3, len(cut_shape))))
-    return [Reshape(op.shapes[0], cut_shape), moved, Reshape(moved.dst, op.shape)]
-
-
 def _expand(op: Op) -> list[Step]:
     return [Expand(op.shapes[0], op.shape, _merges_next(op.node))]
 
@@ -517,9 +492,6 @@ _STEPS: dict[Callable[[Op], Iterable[Step]], list[torch._ops.OpOverload]] = {
     _select: [aten.select.int],
     _roll: [aten.roll.default],
     _flip: [aten.flip.default],
-    _pixel_shuffle: [aten.pixel_shuffle.default],
-    _pixel_unshuffle: [aten.pixel_unshuffle.default],
-    _channel_shuffle: [aten.channel_shuffle.default, aten.native_channel_shuffle.default],
     lambda op: []: [aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.dropout.default],
 }  # fmt: skip
 for _steps, _targets in _STEPS.items():

@@ -1,0 +1,255 @@
+"""A generated forward, for numbers that stand in ``forward`` itself.
+
+``view(-1, 320)``, ``C // self.num_heads`` or a scale computed from a shape cannot be mended from outside. For the
+smallest module that holds them, ``torch.fx`` traces the author's forward with every child a leaf; the traced forward
+is run node by node on the compact module beside the plan, and a literal that no longer fits takes the planned value.
+The result is a subclass of the author's class, put on the same object.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+
+from maskprop.graph.graph import Graph, is_op
+from maskprop.graph.record import Recorder
+from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.graph.trace import Inputs, plain_kernels
+from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.generated import generated_class
+from maskprop.rewrite.replay import Replay
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class _LeafTracer(fx.Tracer):
+    """Every child module is one call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class _GiveUp(Exception):
+    """This module's forward cannot be generated."""
+
+
+def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[str], inputs: Inputs) -> list[str]:
+    """Give each module a forward in which the planned sizes stand, where that is possible.
+
+    Args:
+        edits: the compact model and its undo log.
+        graph: of the dense model.
+        replay: what the plan expects.
+        paths: modules to treat.
+        inputs: the dummy input.
+
+    Returns:
+        Paths of the modules that have a generated forward now.
+    """
+    calls = {path: call for path, call in graph.calls.items() if path in set(paths)}
+    done = []
+    for path in paths:
+        module = edits.model.get_submodule(path)
+        if path not in calls:
+            continue
+        try:
+            source, imports = _Generator(edits.model, module, path, replay, calls[path]).run()
+        except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
+            log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
+            continue
+        edits.set_class(module, generated_class(type(module), source, imports))
+        done.append(path)
+    return done
+
+
+class _Generator:
+    """Generates the forward of one module."""
+
+    def __init__(self, model: nn.Module, module: nn.Module, path: str, replay: Replay, call: tuple[Any, dict[str, Any]]) -> None:
+        self.model, self.module, self.path, self.replay = model, module, path, replay
+        self.args, self.kwargs = call
+        dense = [n for n in replay.significant(replay.ops, dense=True) if self._inside(n)]
+        first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
+        self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
+        self.at = 0
+
+    def _inside(self, node: fx.Node) -> bool:
+        owner = str(node.meta["path"])
+        return owner == self.path or owner.startswith(self.path + ".") or self.path == ""
+
+    def run(self) -> tuple[str, dict[str, Any]]:
+        """Source of the forward, and the objects that its names refer to."""
+        signature = inspect.signature(type(self.module).forward)
+        bound = signature.bind(self.module, *self.args, **self.kwargs)
+        given = dict(list(bound.arguments.items())[1:])
+        concrete = {k: v for k, v in given.items() if not any(True for _ in tensors_in(v, kind=fx.Node))}
+        for name, parameter in list(signature.parameters.items())[1:]:
+            if name not in given and parameter.default is not inspect.Parameter.empty:
+                concrete[name] = parameter.default
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+            raise _GiveUp("its forward takes *args or **kwargs")
+        if any(not isinstance(v, (bool, int, float, str, type(None))) for v in concrete.values()):
+            raise _GiveUp("its forward takes an argument that is neither a tensor nor a plain value")
+        traced = _LeafTracer().trace(self.module, concrete_args=concrete)
+        _drop_asserts(traced)
+        with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            values = {k: map_tensors(v, lambda n: fake.from_tensor(self._fake_input(n)), fx.Node) for k, v in given.items()}
+            self._interpret(traced, {**concrete, **values})
+        _live_training(traced)
+        traced.lint()
+        code = traced.python_code("self")
+        return code.src, dict(code.globals)
+
+    def _fake_input(self, node: Any) -> Tensor:
+        shape = self.replay.alignment.expected_shape(node)
+        return torch.empty(shape, dtype=node.meta["tensor"].dtype)
+
+    # -- running beside the plan ----------------------------------------------------------------
+
+    def _interpret(self, traced: fx.Graph, arguments: Mapping[str, Any]) -> None:
+        env: dict[fx.Node, Any] = {}
+        for node in traced.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                name = str(node.target)
+                env[node] = arguments[name] if name in arguments else arguments[name.rsplit("_", 1)[0]]
+                continue
+            try:
+                value, ops = self._call(node, env)
+                wrong = self._compare(ops)
+            except _GiveUp:
+                raise
+            except Exception as error:  # a literal that does not fit raises as often as it misleads
+                value, ops, wrong = None, [], f"{type(error).__name__}: {error}"
+            if wrong is not None:
+                self._mend(node, env, len(ops))
+                value, ops = self._call(node, env)
+                again = self._compare(ops)
+                if again is not None:
+                    raise _GiveUp(f"'{node.format_node()}' still gives {again}")
+            self.at += len(ops)
+            env[node] = value
+        if self.at != len(self.dense):
+            raise _GiveUp(f"the traced forward makes {self.at} ops, the module {len(self.dense)}")
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any, list[fx.Node]]:
+        """Run one node; its value and the significant ops it made."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        recorder = Recorder(self.model, concrete=False)
+        for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
+            recorder.add_input(tensor, f"x{i}")
+        with recorder:
+            if node.op == "call_module":
+                value = self.module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_function":
+                assert callable(node.target)
+                value = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = _attribute(self.module, str(node.target))
+        made = [n for n in recorder.graph.fx.nodes if is_op(n)]
+        return value, self.replay.significant(made, dense=False)
+
+    def _compare(self, ops: list[fx.Node]) -> str | None:
+        for offset, op in enumerate(ops):
+            if self.at + offset >= len(self.dense):
+                return "more ops than the module made"
+            found = self.replay.differs(self.dense[self.at + offset], op)
+            if found is not None:
+                return f"{found[1]} where {found[0]} was expected"
+        return None
+
+    # -- mending a literal ----------------------------------------------------------------------
+
+    def _mend(self, node: fx.Node, env: dict[fx.Node, Any], count: int) -> None:
+        """Put the planned sizes or scalars into the node's arguments."""
+        want = self.dense[self.at]
+        name = str(getattr(node.target, "__name__", node.target))
+        shapes = self.replay.shapes[want]
+        if name == "scaled_dot_product_attention":
+            node.kwargs = {**node.kwargs, "scale": _attention_scale(self.dense[self.at :])}
+        elif name in ("view", "reshape", "expand", "unflatten", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full", "repeat", "tile"):
+            self._mend_sizes(node, env, name, want, shapes[0] or ())
+        elif name in ("split", "split_with_sizes"):
+            dim = _split_dim(node)
+            sizes = [s[dim] for s in shapes if s is not None]
+            equal = len(set(sizes)) == 1
+            node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
+        else:
+            scalars = [a for a in want.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+            numbers = [i for i, a in enumerate(node.args) if isinstance(a, (int, float)) or (isinstance(a, fx.Node) and isinstance(env.get(a), (int, float)))]
+            if len(scalars) != 1 or len(numbers) != 1:
+                raise _GiveUp(f"'{node.format_node()}' holds a number that cannot be told")
+            node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
+
+    def _mend_sizes(self, node: fx.Node, env: dict[fx.Node, Any], name: str, want: fx.Node, shape: Sequence[int]) -> None:
+        """Write planned sizes over literals, and over computed sizes that come out wrong."""
+        start = 0 if name in ("zeros", "ones", "full") else 2 if name == "unflatten" else 1
+        head, tail = node.args[:start], node.args[start:]
+        packed = len(tail) == 1 and isinstance(tail[0], (tuple, list))
+        sizes = list(tail[0] if packed else tail)  # type: ignore[arg-type]
+        if name == "unflatten":
+            dim = int(node.args[1])  # type: ignore[call-overload]
+            source = env[node.args[0]]  # type: ignore[index]
+            dim = dim % source.dim()
+            shape = shape[dim : dim + len(sizes)]
+        if len(sizes) != len(shape):
+            raise _GiveUp(f"'{node.format_node()}' makes sizes in a way that is not understood")
+        dense = want.meta["tensor"].shape if name != "unflatten" else shape
+        made = []
+        for size, planned, before in zip(sizes, shape, dense, strict=True):
+            actual = env[size] if isinstance(size, fx.Node) else size
+            keep = actual == planned or (actual == -1 and (planned == before or name == "expand"))
+            made.append(size if keep else planned)
+        node.args = (*head, type(tail[0])(made)) if packed else (*head, *made)
+
+
+def _attention_scale(ops: Sequence[fx.Node]) -> float:
+    """The dense scale: the square of what the math kernel multiplies q and k by."""
+    for op in ops:
+        if op.target is aten.mul.Scalar:
+            return float(op.args[1]) ** 2  # type: ignore[arg-type]
+    raise _GiveUp("its attention does not scale its scores in a known way")
+
+
+def _split_dim(node: fx.Node) -> int:
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    return int(dim)  # type: ignore[call-overload, no-any-return]
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _drop_asserts(graph: fx.Graph) -> None:
+    """fx guards each concrete argument by an assertion; the signature's default says the same."""
+    for node in reversed(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in ("_assert_is_none", "_assert") and not node.users:
+            graph.erase_node(node)
+            for source in node.all_input_nodes:
+                if source.op == "call_function" and not source.users:
+                    graph.erase_node(source)
+
+
+def _live_training(graph: fx.Graph) -> None:
+    """Read ``self.training`` where fx wrote down its value."""
+    for node in list(graph.nodes):
+        if isinstance(node.kwargs.get("training"), bool):
+            with graph.inserting_before(node):
+                live = graph.get_attr("training")
+            node.kwargs = {**node.kwargs, "training": live}
+
+
