@@ -2,96 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_ABSENT = object()
+_ABSENT: Any = object()
 
 
 class Edits:
     """An undo log over a model.
 
-    Parameters keep their identity (an optimiser or a tensor hook that holds one still does): only their data change.
+    Each entry is a *toggle*: called once it takes the change back, called again it makes it again. Parameters keep
+    their identity (an optimiser or a tensor hook that holds one still does): only their data change.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._undo: list[Callable[[], None]] = []
+        self._toggles: list[Callable[[], None]] = []
 
     def mark(self) -> int:
         """A point to come back to."""
-        return len(self._undo)
+        return len(self._toggles)
 
     def rollback(self, mark: int = 0) -> None:
         """Take back everything since ``mark``, the newest first."""
-        while len(self._undo) > mark:
-            self._undo.pop()()
+        while len(self._toggles) > mark:
+            self._toggles.pop()()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model as it was before any change, for a while."""
+        for toggle in reversed(self._toggles):
+            toggle()
+        try:
+            yield
+        finally:
+            for toggle in self._toggles:
+                toggle()
 
     def set_data(self, tensor: Tensor, data: Tensor) -> None:
         """Give a parameter, buffer or tensor attribute other data; its gradient is dropped."""
-        before, grad = tensor.data, tensor.grad
+        other: list[Any] = [data, None]
 
-        def undo() -> None:
+        def toggle() -> None:
+            before = [tensor.data, tensor.grad]
             tensor.grad = None
-            tensor.data = before
-            tensor.grad = grad
+            tensor.data, tensor.grad = other
+            other[:] = before
 
-        self._undo.append(undo)
-        tensor.grad = None
-        tensor.data = data
+        toggle()
+        self._toggles.append(toggle)
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute of a module."""
-        table = module.__dict__
-        before = table.get(name, _ABSENT)
-
-        def undo() -> None:
-            if before is _ABSENT:
-                table.pop(name, None)
-            else:
-                table[name] = before
-
-        self._undo.append(undo)
-        table[name] = value
+        self._swap(module.__dict__, name, value)
 
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
         """Register a parameter where there was none (a bias)."""
-        before = module._parameters.get(name, _ABSENT)
-
-        def undo() -> None:
-            if before is _ABSENT:
-                del module._parameters[name]
-            else:
-                module._parameters[name] = before  # type: ignore[assignment]
-
-        self._undo.append(undo)
-        module._parameters[name] = value
+        self._swap(module._parameters, name, value)
 
     def set_module(self, path: str, module: nn.Module) -> None:
         """Put another module at ``path``, and wherever else the old one is registered."""
         old = self.model.get_submodule(path)
-        for parent in self.model.modules():
+        for parent in list(self.model.modules()):
             for key, child in list(parent._modules.items()):
                 if child is old:
-                    self._undo.append(lambda p=parent, k=key: p._modules.__setitem__(k, old))  # type: ignore[misc]
-                    parent._modules[key] = module
+                    self._swap(parent._modules, key, module)
 
     def set_class(self, module: nn.Module, cls: type) -> None:
         """Turn a module into a generated subclass of its class."""
-        before = module.__class__
+        other = [cls]
 
-        def undo() -> None:
-            module.__class__ = before
+        def toggle() -> None:
+            module.__class__, other[0] = other[0], module.__class__
 
-        self._undo.append(undo)
-        module.__class__ = cls
+        toggle()
+        self._toggles.append(toggle)
 
-    def note(self, undo: Callable[[], None]) -> None:
-        """Register a hand-made inverse."""
-        self._undo.append(undo)
+    def _swap(self, table: dict[str, Any], name: str, value: Any) -> None:
+        other = [value]
+
+        def toggle() -> None:
+            before = table.get(name, _ABSENT)
+            if other[0] is _ABSENT:
+                del table[name]
+            else:
+                table[name] = other[0]
+            other[0] = before
+
+        toggle()
+        self._toggles.append(toggle)
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

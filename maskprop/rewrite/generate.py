@@ -1,14 +1,13 @@
 """A generated forward, for numbers that stand in ``forward`` itself.
 
 ``view(-1, 320)``, ``C // self.num_heads`` or a scale computed from a shape cannot be mended from outside. For the
-smallest module that holds them, ``torch.fx`` traces the author's forward with every child a leaf; the traced forward
-is run node by node on the compact module beside the plan, and a literal that no longer fits takes the planned value.
-The result is a subclass of the author's class, put on the same object.
+smallest module that holds them, the author's forward is traced (see :mod:`maskprop.rewrite.concolic`); the traced
+forward is run node by node on the compact module beside the plan, and a literal that no longer fits takes the planned
+value. The result is a subclass of the author's class, put on the same object.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,19 +20,13 @@ from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import Inputs, plain_kernels
+from maskprop.rewrite.concolic import bind_arguments, header, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
 from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-
-
-class _LeafTracer(fx.Tracer):
-    """Every child module is one call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
 
 class _GiveUp(Exception):
@@ -53,15 +46,21 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     Returns:
         Paths of the modules that have a generated forward now.
     """
-    calls = {path: call for path, call in graph.calls.items() if path in set(paths)}
+    traced: dict[str, tuple[fx.Graph, dict[str, Any]]] = {}
+    with edits.suspended():  # the author's forward runs on the dense module only
+        for path in (p for p in paths if p in graph.calls):
+            module = edits.model.get_submodule(path)
+            try:
+                arguments = bind_arguments(module, graph.calls[path])
+                traced[path] = trace_module(module, arguments), arguments
+            except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
+                log.info("no forward could be traced for '%s': %s: %s", path, type(error).__name__, error)
     done = []
-    for path in paths:
+    for path, (forward, arguments) in traced.items():
         module = edits.model.get_submodule(path)
-        if path not in calls:
-            continue
         try:
-            source, imports = _Generator(edits.model, module, path, replay, calls[path]).run()
-        except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
+            source, imports = _Generator(edits.model, module, path, replay, forward, arguments).run()
+        except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
         edits.set_class(module, generated_class(type(module), source, imports))
@@ -72,9 +71,11 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
 class _Generator:
     """Generates the forward of one module."""
 
-    def __init__(self, model: nn.Module, module: nn.Module, path: str, replay: Replay, call: tuple[Any, dict[str, Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, module: nn.Module, path: str, replay: Replay, forward: fx.Graph, arguments: Mapping[str, Any]
+    ) -> None:
         self.model, self.module, self.path, self.replay = model, module, path, replay
-        self.args, self.kwargs = call
+        self.forward, self.arguments = forward, arguments
         dense = [n for n in replay.significant(replay.ops, dense=True) if self._inside(n)]
         first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
         self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
@@ -86,30 +87,20 @@ class _Generator:
 
     def run(self) -> tuple[str, dict[str, Any]]:
         """Source of the forward, and the objects that its names refer to."""
-        signature = inspect.signature(type(self.module).forward)
-        bound = signature.bind(self.module, *self.args, **self.kwargs)
-        given = dict(list(bound.arguments.items())[1:])
-        concrete = {k: v for k, v in given.items() if not any(True for _ in tensors_in(v, kind=fx.Node))}
-        for name, parameter in list(signature.parameters.items())[1:]:
-            if name not in given and parameter.default is not inspect.Parameter.empty:
-                concrete[name] = parameter.default
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
-            raise _GiveUp("its forward takes *args or **kwargs")
-        if any(not isinstance(v, (bool, int, float, str, type(None))) for v in concrete.values()):
-            raise _GiveUp("its forward takes an argument that is neither a tensor nor a plain value")
-        traced = _LeafTracer().trace(self.module, concrete_args=concrete)
-        _drop_asserts(traced)
+        blanks = {k: map_tensors(v, self._blank, fx.Node) for k, v in self.arguments.items()}
         with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            values = {k: map_tensors(v, lambda n: fake.from_tensor(self._fake_input(n)), fx.Node) for k, v in given.items()}
-            self._interpret(traced, {**concrete, **values})
-        _live_training(traced)
-        traced.lint()
-        code = traced.python_code("self")
-        return code.src, dict(code.globals)
+            values = {k: map_tensors(v, fake.from_tensor) for k, v in blanks.items()}
+            self._interpret(self.forward, values)
+        _live_training(self.forward)
+        self.forward.lint()
+        code = self.forward.python_code("self")
+        body = code.src[code.src.index("\n", code.src.index("def forward(")) :]
+        return header(self.module, self.arguments) + body, dict(code.globals)
 
-    def _fake_input(self, node: Any) -> Tensor:
-        shape = self.replay.alignment.expected_shape(node)
-        return torch.empty(shape, dtype=node.meta["tensor"].dtype)
+    def _blank(self, node: fx.Node) -> Tensor:
+        """An argument as the compact module gets it."""
+        meta = node.meta["tensor"]
+        return torch.empty(self.replay.alignment.expected_shape(node), dtype=meta.dtype, device=meta.device)
 
     # -- running beside the plan ----------------------------------------------------------------
 
@@ -119,8 +110,7 @@ class _Generator:
             if node.op == "output":
                 break
             if node.op == "placeholder":
-                name = str(node.target)
-                env[node] = arguments[name] if name in arguments else arguments[name.rsplit("_", 1)[0]]
+                env[node] = arguments[str(node.target)]
                 continue
             try:
                 value, ops = self._call(node, env)
@@ -147,15 +137,7 @@ class _Generator:
         for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
             recorder.add_input(tensor, f"x{i}")
         with recorder:
-            if node.op == "call_module":
-                value = self.module.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_function":
-                assert callable(node.target)
-                value = node.target(*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = _attribute(self.module, str(node.target))
+            value = run_node(self.module, node.op, node.target, args, kwargs)
         made = [n for n in recorder.graph.fx.nodes if is_op(n)]
         return value, self.replay.significant(made, dense=False)
 
@@ -224,24 +206,6 @@ def _attention_scale(ops: Sequence[fx.Node]) -> float:
 def _split_dim(node: fx.Node) -> int:
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     return int(dim)  # type: ignore[call-overload, no-any-return]
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _drop_asserts(graph: fx.Graph) -> None:
-    """fx guards each concrete argument by an assertion; the signature's default says the same."""
-    for node in reversed(graph.nodes):
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name in ("_assert_is_none", "_assert") and not node.users:
-            graph.erase_node(node)
-            for source in node.all_input_nodes:
-                if source.op == "call_function" and not source.users:
-                    graph.erase_node(source)
 
 
 def _live_training(graph: fx.Graph) -> None:

@@ -1,0 +1,180 @@
+"""Trace one module's forward with ``torch.fx``, children as leaves, beside a run on fake tensors.
+
+Every traced value has a concrete companion from the dense module, so that unpacking a shape, ``len`` and branches on
+sizes work; sizes themselves stay symbolic in the graph, and the batch size stays free.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+
+from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.graph.trace import plain_kernels
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class CannotTrace(Exception):
+    """This module's forward cannot be traced."""
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that knows its companion's length."""
+
+    def __len__(self) -> int:
+        value = self.tracer.companion(self.node)  # type: ignore[attr-defined]
+        return len(value)
+
+
+class _Tracer(fx.Tracer):
+    """``torch.fx`` with companions; see the module's docstring."""
+
+    def __init__(self, module: nn.Module, arguments: Mapping[str, Any], fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._module, self._arguments, self._fake = module, arguments, fake
+        self._values: dict[fx.Node, Any] = {}
+
+    def companion(self, node: fx.Node) -> Any:
+        return self._values[node]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(self._values[obj.node]))])
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = self._values[obj.node]
+        if isinstance(value, Tensor):
+            raise CannotTrace("it branches on a tensor's value")
+        return bool(value)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return list(self._values[obj.node].keys())
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
+        def argument(name: str, value: Any) -> Any:
+            if not any(True for _ in tensors_in(value)):
+                return value
+            made = self.create_proxy("placeholder", name, (), {})
+            return made
+
+        kwargs = {name: argument(name, value) for name, value in self._arguments.items()}
+        return functools.partial(root_fn, **kwargs), [self.root]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "placeholder":
+            self._values[node] = self._arguments[target]
+        elif kind != "output":
+            self._values[node] = self._run(kind, target, args, kwargs)
+        return node
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = fx.node.map_arg((args, kwargs), self._values.__getitem__)
+        with _untraced():
+            return run_node(self._module, kind, target, args, kwargs)
+
+
+def run_node(module: nn.Module, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+    """What one fx node computes."""
+    if kind == "call_module":
+        return module.get_submodule(target)(*args, **kwargs)
+    if kind == "call_function":
+        return target(*args, **kwargs)
+    if kind == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class _untraced:
+    """``torch.fx`` patches module calls and attribute look-ups while it traces; companions run without."""
+
+    def __enter__(self) -> None:
+        self._patched = nn.Module.__call__, nn.Module.__getattr__
+        nn.Module.__call__, nn.Module.__getattr__ = _CALL, _GETATTR  # type: ignore[method-assign, assignment]
+
+    def __exit__(self, *_: Any) -> None:
+        nn.Module.__call__, nn.Module.__getattr__ = self._patched  # type: ignore[method-assign]
+
+
+_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
+
+
+def bind_arguments(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of a recorded call by the names of the author's signature, defaults included.
+
+    Raises:
+        CannotTrace: a variadic parameter was used, or an argument is neither a tensor nor a plain value.
+    """
+    signature = inspect.signature(type(module).forward)
+    bound = signature.bind(module, *call[0], **call[1])
+    bound.apply_defaults()
+    found = dict(list(bound.arguments.items())[1:])
+    for name, parameter in list(signature.parameters.items())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if found.pop(name):
+                raise CannotTrace(f"it is called with variadic arguments {name}")
+        elif not any(True for _ in tensors_in(found[name], kind=fx.Node)) and not isinstance(found[name], PLAIN):
+            raise CannotTrace(f"its argument {name} is a {type(found[name]).__name__}")
+    return found
+
+
+def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
+    """Trace a dense module on fake tensors of the recorded shapes.
+
+    Args:
+        module: in its dense state.
+        arguments: by name, with graph nodes in place of tensors.
+
+    Raises:
+        CannotTrace: its forward does something that cannot be written down.
+    """
+    with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        values = {name: map_tensors(value, lambda n: _blank(n, fake), fx.Node) for name, value in arguments.items()}
+        return _Tracer(module, values, fake).trace(module)
+
+
+def _blank(node: fx.Node, fake: FakeTensorMode) -> Tensor:
+    meta = node.meta["tensor"]
+    return fake.from_tensor(torch.empty(meta.shape, dtype=meta.dtype, device=meta.device))
+
+
+def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """The ``def`` line of the author's signature, and a check of the arguments that the trace took for fixed."""
+    parameters, checks = ["self"], []
+    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parameters.append(f"*{name}")
+            checks.append((name, f"not {name}", "nothing"))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            parameters.append(f"**{name}")
+            checks.append((name, f"not {name}", "nothing"))
+        else:
+            if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in parameters):
+                parameters.append("*")
+            default = parameter.default
+            plain = isinstance(default, (bool, int, float, str, type(None)))
+            parameters.append(name if default is parameter.empty or not plain else f"{name}={default!r}")
+            value = arguments[name]
+            if not any(True for _ in tensors_in(value, kind=fx.Node)):
+                test = f"{name} is {value!r}" if value is None or isinstance(value, bool) else f"{name} == {value!r}"
+                checks.append((name, test, repr(value)))
+    lines = [f"def forward({', '.join(parameters)}):"]
+    for name, test, wanted in checks:
+        lines.append(f"    if not ({test}):")
+        lines.append(f"        raise ValueError('this forward was generated by maskprop for {name} = ' + {wanted!r} + '; speed the model up with the value you need')")
+    return "\n".join(lines)
