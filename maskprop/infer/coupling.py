@@ -97,14 +97,21 @@ class Coupling:
         """Labels of a value; the model's own tensors get theirs when they are first asked for."""
         if node not in self.labels:
             shape = shape_of(node)
-            self.labels[node] = [self.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None for axis, n in enumerate(shape)]
+            self.labels[node] = [
+                self.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None
+                for axis, n in enumerate(shape)
+            ]
         found: Labels = self.labels[node]
         return found
 
     def bind(self, node: fx.Node, axis: int, labels: Tensor | None) -> None:
         """Give an axis of a parameter labels that vary along other axes, if nothing has read its own yet."""
         own = self.labels_of(node)
-        first = node.op == "get_attr" and next(iter(node.users)).name == self.node and (node, axis) not in self._bound
+        first = (
+            node.op == "get_attr"
+            and next(iter(node.users)).name == self.node
+            and (node, axis) not in self._bound
+        )
         if labels is not None:
             labels = labels.reshape(labels.shape + (1,) * (len(own) - labels.ndim))
         if first and labels is not None:
@@ -124,7 +131,9 @@ class Coupling:
         self.size += count
         return labels
 
-    def equal(self, a: Tensor | None, b: Tensor | None, reason: str = "meets an axis that cannot shrink") -> Tensor | None:
+    def equal(
+        self, a: Tensor | None, b: Tensor | None, reason: str = "meets an axis that cannot shrink"
+    ) -> Tensor | None:
         """``a`` and ``b`` (broadcast against each other) leave together; an axis that never shrinks pins the other."""
         if a is None or b is None:
             self.pin(a, reason)
@@ -164,7 +173,9 @@ class Coupling:
             return
         shape = list(array.shape)
         parts = [*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]]
-        others: list[Tensor | None] = [None if a is None or i == axis else _widen(a, axis) for i, a in enumerate(labels)]
+        others: list[Tensor | None] = [
+            None if a is None or i == axis else _widen(a, axis) for i, a in enumerate(labels)
+        ]
         others.insert(axis, None)
         others[axis + 1] = array.reshape(parts)
         self.regulars.append(Regular(tuple(others), axis + 1))

@@ -28,7 +28,12 @@ class Fact:
     __slots__ = ("_value", "known", "nothing", "plain", "row_axis", "total", "zero")
 
     def __init__(
-        self, known: Tensor, zero: Tensor, value: Tensor | Callable[[], Tensor], plain: bool = False, row_axis: int | None = None
+        self,
+        known: Tensor,
+        zero: Tensor,
+        value: Tensor | Callable[[], Tensor],
+        plain: bool = False,
+        row_axis: int | None = None,
     ) -> None:
         self.known = known
         self.zero = zero

@@ -31,10 +31,20 @@ class BiasPlace:
 def bias_place(node: fx.Node) -> BiasPlace | None:
     """The place for a constant added to the result of a contraction, or ``None``."""
     op = Op(node)
-    bias = op.arg("bias") if node.target is aten.convolution.default else op.arg("self") if node.target is aten.addmm.default else None
+    bias = (
+        op.arg("bias")
+        if node.target is aten.convolution.default
+        else op.arg("self")
+        if node.target is aten.addmm.default
+        else None
+    )
     if isinstance(bias, fx.Node):
         plain = op.arg("beta", 1) == 1 and op.arg("alpha", 1) == 1
-        return BiasPlace("bias", str(bias.target)) if bias.op == "get_attr" and len(bias.users) == 1 and plain else None
+        return (
+            BiasPlace("bias", str(bias.target))
+            if bias.op == "get_attr" and len(bias.users) == 1 and plain
+            else None
+        )
     if node.target not in (aten.convolution.default, aten.mm.default):
         return None
     return _next_norm(node) or _next_add(node) or _new_bias(node, op)
@@ -43,7 +53,11 @@ def bias_place(node: fx.Node) -> BiasPlace | None:
 def weight_place(node: fx.Node) -> tuple[str, bool] | None:
     """The parameter that a contraction reads as its weight, and whether it is transposed on the way."""
     turned = False
-    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int) and len(node.users) == 1:
+    while (
+        node.op == "call_function"
+        and node.target in (aten.t.default, aten.transpose.int)
+        and len(node.users) == 1
+    ):
         turned = not turned
         (node,) = node.all_input_nodes
     if node.op == "get_attr" and len(node.users) == 1:
@@ -77,7 +91,12 @@ def _next_add(node: fx.Node) -> BiasPlace | None:
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
     others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-    if len(others) == 1 and others[0].op == "get_attr" and len(others[0].users) == 1 and shape_of(others[0]) == (width,):
+    if (
+        len(others) == 1
+        and others[0].op == "get_attr"
+        and len(others[0].users) == 1
+        and shape_of(others[0]) == (width,)
+    ):
         return BiasPlace("bias", str(others[0].target))
     return None
 
@@ -86,6 +105,10 @@ def _new_bias(node: fx.Node, op: Op) -> BiasPlace | None:
     found = weight_place(op.inputs[1])
     owner: type = node.meta.get("module", object)
     path = str(node.meta["path"])
-    if found is None or found[0] != f"{path}.weight".lstrip(".") or not issubclass(owner, (nn.Linear, nn.modules.conv._ConvNd)):
+    if (
+        found is None
+        or found[0] != f"{path}.weight".lstrip(".")
+        or not issubclass(owner, (nn.Linear, nn.modules.conv._ConvNd))
+    ):
         return None
     return BiasPlace("new_bias", f"{path}.bias".lstrip("."))

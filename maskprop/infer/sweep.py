@@ -131,7 +131,11 @@ class Inference:
             return
         op = self.op(node)
         parts = needed[node] if op.several else [needed[node]]
-        for source, part in zip(op.inputs, self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts), strict=True):
+        for source, part in zip(
+            op.inputs,
+            self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts),
+            strict=True,
+        ):
             if bool(part.any()):
                 self._need(source, part)
 

@@ -38,7 +38,14 @@ class Operands:
     beta: float = 1.0
 
 
-@register(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.matmul.default)
+@register(
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.mv.default,
+    aten.matmul.default,
+)
 class MatMul(Rule):
     """Matrix products of two or three axes."""
 
@@ -99,7 +106,9 @@ class MatMul(Rule):
         a, b, y = facts[o.a], facts[o.b], needed[0]
         found: list[Tensor] = [y] * len(facts)
         y = y & ~_constant_average(a, b)
-        found[o.a] = bool_matmul(y, (~b.zero).transpose(-1, -2)) | (bool_matmul(y, b.zero.transpose(-1, -2)) & a.zero)
+        found[o.a] = bool_matmul(y, (~b.zero).transpose(-1, -2)) | (
+            bool_matmul(y, b.zero.transpose(-1, -2)) & a.zero
+        )
         found[o.b] = bool_matmul((~a.zero).transpose(-1, -2), y)
         if _constant_average(a, b).any():  # the constant rows themselves are still read
             found[o.b] = found[o.b] | (needed[0] & b.known).any(-2, keepdim=True)
@@ -117,7 +126,11 @@ class MatMul(Rule):
         n = len(la)
         out: Labels = []
         if n == 3:
-            out.append(c.equal(c.uniform(la[0], [1, 2]), c.uniform(lb[0], [1, 2])) if la[0] is not None or lb[0] is not None else None)
+            out.append(
+                c.equal(c.uniform(la[0], [1, 2]), c.uniform(lb[0], [1, 2]))
+                if la[0] is not None or lb[0] is not None
+                else None
+            )
         out += [c.uniform(la[-2], [n - 1]), c.uniform(lb[-1], [n - 2])]
         ka, kb = c.uniform(la[-1], [n - 2]), c.uniform(lb[-2], [n - 1])
         if ka is not None or kb is not None:
@@ -184,7 +197,12 @@ class Convolution(Rule):
         kernel, padding, stride = op.shapes[1][2:], op.arg("padding"), op.arg("stride")
         ragged = any(p > 0 for p in padding)
         if transposed:
-            ragged = ragged or any(k > 1 for k in kernel) or any(s > 1 for s in stride) or any(p > 0 for p in op.arg("output_padding"))
+            ragged = (
+                ragged
+                or any(k > 1 for k in kernel)
+                or any(s > 1 for s in stride)
+                or any(p > 0 for p in op.arg("output_padding"))
+            )
         return int(op.arg("groups")), transposed, ragged
 
     def _pattern(self, weight: Fact, op: Op) -> Tensor:
@@ -213,11 +231,19 @@ class Convolution(Rule):
         unknown = self._any_input(nz, unknown_in)
         known = (~unknown).expand(groups, -1)
         outputs = op.shape[1]
-        known = known.expand(groups, outputs // groups).reshape(-1) if known.shape[1] in (1, outputs // groups) else known.reshape(-1)
+        known = (
+            known.expand(groups, outputs // groups).reshape(-1)
+            if known.shape[1] in (1, outputs // groups)
+            else known.reshape(-1)
+        )
         if not bool(known.any()):
             return Fact.unknown(ndim)
         value = torch.zeros(outputs, dtype=torch.float64)
-        constants = torch.where(seen & ~zero, _channel_value(x), 0.0).reshape(-1) if not ragged and bool((seen & ~zero).any()) else None
+        constants = (
+            torch.where(seen & ~zero, _channel_value(x), 0.0).reshape(-1)
+            if not ragged and bool((seen & ~zero).any())
+            else None
+        )
         if constants is not None:
             per_group = constants.expand(op.shapes[0][1]).reshape(groups, 1, -1)
             kernel = weight.value().expand(op.shapes[1]).flatten(2).sum(-1)
@@ -280,11 +306,17 @@ class Convolution(Rule):
             self._terminate(op, channels.reshape(-1), c, groups, ragged)
         if len(labels) > 2 and (out is not None or labels[2][0] is not None):
             out = c.equal(out, labels[2][0])
-        result: Labels = [x[0] if x[0] is None else c.uniform(x[0], range(1, ndim)), None, *[None] * (ndim - 2)]
+        result: Labels = [
+            x[0] if x[0] is None else c.uniform(x[0], range(1, ndim)),
+            None,
+            *[None] * (ndim - 2),
+        ]
         result[1] = None if out is None else out.reshape((1, -1) + (1,) * (ndim - 2))
         return result
 
-    def _couple_groups(self, op: Op, channels: Tensor | None, c: Coupling, groups: int, transposed: bool) -> Tensor | None:
+    def _couple_groups(
+        self, op: Op, channels: Tensor | None, c: Coupling, groups: int, transposed: bool
+    ) -> Tensor | None:
         """Input (G, I) and output (G, O) share their outer axis; the weight's inner axis is ragged over the groups."""
         weight = op.inputs[1]
         inputs, outputs = op.shapes[0][1] // groups, op.shape[1] // groups
@@ -326,7 +358,11 @@ class Convolution(Rule):
         if not x.total and c.constants != "drop":
             found = _constants(x, live, channels, groups, ragged)
             carrier = ragged or found[0].ndim > 1
-            kind = "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_place(op.inputs[1]) else None)
+            kind = (
+                "bias"
+                if not carrier and bias_place(op.node)
+                else ("carrier" if weight_place(op.inputs[1]) else None)
+            )
             if c.constants == "fold" and kind == "carrier" and bias_place(op.node):
                 kind = "bias"
             constant, foldable = found
@@ -382,7 +418,9 @@ def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) 
     return maps, foldable
 
 
-def _split_rows(rows: Tensor | None, groups: int, size: int, c: Coupling) -> tuple[Tensor | None, Tensor | None]:
+def _split_rows(
+    rows: Tensor | None, groups: int, size: int, c: Coupling
+) -> tuple[Tensor | None, Tensor | None]:
     """A labelled axis as (groups, size): outer (G,) and inner (G, size) labels."""
     if rows is None:
         return None, None

@@ -34,12 +34,22 @@ class Cat(Rule):
         return [t.unsqueeze(self._dim(op)) for t in tensors] if self._stacks(op) else list(tensors)
 
     def _sizes(self, op: Op) -> list[int]:
-        return [1] * len(op.shapes) if self._stacks(op) else [s[self._dim(op)] if len(s) == len(op.shape) else 0 for s in op.shapes]
+        return (
+            [1] * len(op.shapes)
+            if self._stacks(op)
+            else [s[self._dim(op)] if len(s) == len(op.shape) else 0 for s in op.shapes]
+        )
 
     def _join(self, op: Op, tensors: Sequence[Tensor]) -> Tensor:
         dim, sizes = self._dim(op), self._sizes(op)
         parts = []
-        common = torch.broadcast_shapes(*([1 if i == dim else n for i, n in enumerate(t.shape)] for t, n in zip(tensors, sizes, strict=True) if n))
+        common = torch.broadcast_shapes(
+            *(
+                [1 if i == dim else n for i, n in enumerate(t.shape)]
+                for t, n in zip(tensors, sizes, strict=True)
+                if n
+            )
+        )
         for t, n in zip(tensors, sizes, strict=True):
             if n:  # legacy empty tensors join anything
                 parts.append(t.expand([n if i == dim else m for i, m in enumerate(common)]))
@@ -71,7 +81,9 @@ class Cat(Rule):
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         dim, sizes, ndim = self._dim(op), self._sizes(op), len(op.shape)
         arrays = [
-            [None if a is None else a.unsqueeze(dim) for a in [*ls[:dim], None, *ls[dim:]]] if self._stacks(op) else list(ls)
+            [None if a is None else a.unsqueeze(dim) for a in [*ls[:dim], None, *ls[dim:]]]
+            if self._stacks(op)
+            else list(ls)
             for ls, n in zip(labels, sizes, strict=True)
             if n
         ]
@@ -91,7 +103,9 @@ class Cat(Rule):
             out.append(result)
         return out
 
-    def _along(self, met: Sequence[Tensor | None], sizes: Sequence[int], dim: int, ndim: int, c: Coupling) -> Tensor | None:
+    def _along(
+        self, met: Sequence[Tensor | None], sizes: Sequence[int], dim: int, ndim: int, c: Coupling
+    ) -> Tensor | None:
         if all(a is None for a in met):
             return None
         parts = []
@@ -100,8 +114,12 @@ class Cat(Rule):
                 a = c.fresh([n if i == dim else 1 for i in range(ndim)])
                 c.pin(a, "is joined from an axis that cannot shrink")
             parts.append(a)
-        common = torch.broadcast_shapes(*([1 if i == dim else n for i, n in enumerate(t.shape)] for t in parts))
-        return torch.cat([t.expand([t.shape[dim] if i == dim else n for i, n in enumerate(common)]) for t in parts], dim)
+        common = torch.broadcast_shapes(
+            *([1 if i == dim else n for i, n in enumerate(t.shape)] for t in parts)
+        )
+        return torch.cat(
+            [t.expand([t.shape[dim] if i == dim else n for i, n in enumerate(common)]) for t in parts], dim
+        )
 
 
 def _stacked(labels: Labels, dim: int) -> Labels:
@@ -122,7 +140,12 @@ class Repeat(Rule):
         fact = facts[0]
         if fact.nothing:
             return Fact.unknown(len(op.shape))
-        return Fact(self._tile(op, fact.known), self._tile(op, fact.zero), lambda: self._tile(op, fact.value()), fact.plain)
+        return Fact(
+            self._tile(op, fact.known),
+            self._tile(op, fact.zero),
+            lambda: self._tile(op, fact.value()),
+            fact.plain,
+        )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         n, repeats, shape = needed[0], op.arg("repeats"), op.shapes[0]
@@ -160,9 +183,18 @@ class ScatterInto(Rule):
         source = self._source(op, source, part.dim)
         if part.dst == part.src:
             return source
-        if base.shape[part.dim] == 1 and source.shape[part.dim] == 1 and base.shape == source.shape and torch.equal(base, source):
+        if (
+            base.shape[part.dim] == 1
+            and source.shape[part.dim] == 1
+            and base.shape == source.shape
+            and torch.equal(base, source)
+        ):
             return base
-        shape = list(torch.broadcast_shapes(*([1 if i == part.dim else n for i, n in enumerate(t.shape)] for t in (base, source))))
+        shape = list(
+            torch.broadcast_shapes(
+                *([1 if i == part.dim else n for i, n in enumerate(t.shape)] for t in (base, source))
+            )
+        )
         shape[part.dim] = part.src[part.dim]
         out = base.expand(shape).clone()
         if source.dtype != out.dtype:
@@ -176,7 +208,11 @@ class ScatterInto(Rule):
             result = evaluate(op, facts)
             assert isinstance(result, Fact)
             return result
-        return Fact(self._join(op, base.known, source.known), self._join(op, base.zero, source.zero), lambda: self._join(op, base.value(), source.value()))
+        return Fact(
+            self._join(op, base.known, source.known),
+            self._join(op, base.zero, source.zero),
+            lambda: self._join(op, base.value(), source.value()),
+        )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         part = self._slice(op)
@@ -198,7 +234,16 @@ class ScatterInto(Rule):
         base = list(labels[0])
         source = _stacked(labels[1], part.dim) if select else list(labels[1])
         if part.dst != part.src:
-            cut(base, part.dim, part.src[part.dim], part.start, part.stop, part.step, c, "one index is written along this axis" if select else "")
+            cut(
+                base,
+                part.dim,
+                part.src[part.dim],
+                part.start,
+                part.stop,
+                part.step,
+                c,
+                "one index is written along this axis" if select else "",
+            )
         out: Labels = []
         for axis, (b, s) in enumerate(zip(base, source, strict=True)):
             if axis == part.dim:
@@ -305,7 +350,11 @@ class _Lookup(Rule):
         out: Labels = []
         for axis in axes:
             array = None if axis is None else source[axis]
-            out.append(None if array is None else self._pass(c.uniform(array, [i for i in looked if i != axis]), axes))  # type: ignore[arg-type]
+            out.append(
+                None
+                if array is None
+                else self._pass(c.uniform(array, [i for i in looked if i != axis]), axes)
+            )  # type: ignore[arg-type]
         return out
 
 
@@ -350,7 +399,10 @@ class Gather(Rule):
             assert isinstance(result, Fact)
             return result
         zero = all_over(facts[0].zero, [op.arg("dim") % max(1, len(op.shape))])
-        same = all(a == b or i == op.arg("dim") % len(op.shape) for i, (a, b) in enumerate(zip(op.shapes[0], op.shapes[1], strict=True)))
+        same = all(
+            a == b or i == op.arg("dim") % len(op.shape)
+            for i, (a, b) in enumerate(zip(op.shapes[0], op.shapes[1], strict=True))
+        )
         if not same or not bool(zero.any()):
             return Fact.unknown(len(op.shape))
         return Fact(zero, zero, torch.zeros((1,) * len(op.shape), dtype=torch.float64))

@@ -176,7 +176,9 @@ class Roll(Step):
         return [None if a is None or i in self.dims else self.move(a) for i, a in enumerate(labels)]
 
 
-def cut(labels: Labels, dim: int, size: int, start: int, stop: int, step: int, c: Coupling, pins: str = "") -> None:
+def cut(
+    labels: Labels, dim: int, size: int, start: int, stop: int, step: int, c: Coupling, pins: str = ""
+) -> None:
     """A slice of a labelled axis: equal parts if the bounds cut it into at most four, else the axis stays."""
     parts = size // max(1, math.gcd(math.gcd(start, stop), size))
     if pins or step != 1 or parts > 4:
@@ -214,7 +216,11 @@ def axis_groups(src: Sequence[int], dst: Sequence[int]) -> list[tuple[list[int],
 def reshape(t: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
     """Reshape a broadcastable tensor, expanding only the groups of axes along which it varies."""
     if 0 in src:
-        return any_over(t, range(t.ndim)).reshape((1,) * len(dst)) if t.dtype == torch.bool else t.new_zeros((1,) * len(dst))
+        return (
+            any_over(t, range(t.ndim)).reshape((1,) * len(dst))
+            if t.dtype == torch.bool
+            else t.new_zeros((1,) * len(dst))
+        )
     sizes, target = [1] * len(src), [1] * len(dst)
     for ins, outs in axis_groups(src, dst):
         if any(t.shape[i] != 1 for i in ins):
@@ -379,7 +385,11 @@ def move_fact(fact: Fact, steps: Sequence[Step]) -> Fact:
 def _row_axis(step: Step, axis: int | None) -> int | None:
     """Where the axis whose elements sum to one goes."""
     if axis is None or isinstance(step, (Slice, Roll)):
-        untouched = axis is not None and (getattr(step, "dim", None) != axis if isinstance(step, Slice) else axis not in getattr(step, "dims", ()))
+        untouched = axis is not None and (
+            getattr(step, "dim", None) != axis
+            if isinstance(step, Slice)
+            else axis not in getattr(step, "dims", ())
+        )
         return axis if untouched else None
     if isinstance(step, Permute):
         return step.order.index(axis)
@@ -443,14 +453,19 @@ def _select(op: Op) -> list[Step]:
 
 def _unbind(op: Op) -> list[list[Step]]:
     (dim,) = _dims(op)
-    return [_select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])]
+    return [
+        _select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])
+    ]
 
 
 def _split_parts(op: Op) -> list[list[Step]]:
     (dim,) = _dims(op)
     sizes = [m.shape[dim] for m in op.results if m is not None]
     if len(set(sizes)) == 1:  # equal parts, however many
-        return [[Part(op.shapes[0], dim, i * sizes[0], (i + 1) * sizes[0], parts=len(sizes))] for i in range(len(sizes))]
+        return [
+            [Part(op.shapes[0], dim, i * sizes[0], (i + 1) * sizes[0], parts=len(sizes))]
+            for i in range(len(sizes))
+        ]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [[Part(op.shapes[0], dim, s, s + n, parts=0)] for s, n in zip(starts, sizes, strict=True)]
 
@@ -470,7 +485,9 @@ class Part(Slice):
 def _roll(op: Op) -> list[Step]:
     shifts, dims = op.arg("shifts"), tuple(_dims(op, "dims"))
     shifts = shifts if isinstance(shifts, (list, tuple)) else [shifts]
-    return [Roll(op.shapes[0], dims, lambda t: t.roll(shifts, dims), lambda t: t.roll([-s for s in shifts], dims))]
+    return [
+        Roll(op.shapes[0], dims, lambda t: t.roll(shifts, dims), lambda t: t.roll([-s for s in shifts], dims))
+    ]
 
 
 def _flip(op: Op) -> list[Step]:
@@ -498,5 +515,12 @@ for _steps, _targets in _STEPS.items():
     for _target in _targets:
         register_rule(_target, Movement(_steps))
 register_rule(aten.unbind.int, Parts(_unbind))
-for _target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default, aten.chunk.default):
+for _target in (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.unsafe_chunk.default,
+    aten.chunk.default,
+):
     register_rule(_target, Parts(_split_parts))

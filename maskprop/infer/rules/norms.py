@@ -30,7 +30,13 @@ def _channel_shape(ndim: int) -> tuple[int, ...]:
     return (1, -1) + (1,) * (ndim - 2)
 
 
-@register(aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats)
+@register(
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+    aten.cudnn_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+)
 class BatchNorm(Rule):
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over axis 1."""
 
@@ -92,7 +98,13 @@ class GroupNorm(Rule):
         weight = _affine(op, facts, "weight")
         live = channels if weight is None else channels & ~weight.zero
         count, groups = op.shapes[0][1], op.arg("group")
-        live = live.expand(count).reshape(groups, -1).any(1, keepdim=True).expand(-1, count // groups).reshape(-1)
+        live = (
+            live.expand(count)
+            .reshape(groups, -1)
+            .any(1, keepdim=True)
+            .expand(-1, count // groups)
+            .reshape(-1)
+        )
         return [live.reshape(_channel_shape(y.ndim))] + [channels] * (len(facts) - 1)
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
@@ -122,7 +134,11 @@ def _affine_only(op: Op, facts: Sequence[Fact], shape: Sequence[int], ndim: int)
     if weight is None or not bool(weight.zero.any()):
         return Fact.unknown(ndim)
     known = weight.zero
-    value = torch.zeros((1,) * known.ndim, dtype=torch.float64) if bias is None else torch.where(known, bias.value(), 0.0)
+    value = (
+        torch.zeros((1,) * known.ndim, dtype=torch.float64)
+        if bias is None
+        else torch.where(known, bias.value(), 0.0)
+    )
     known = known.expand(torch.broadcast_shapes(known.shape, value.shape))
     return Fact.of_value(value.reshape(tuple(shape)), known.reshape(tuple(shape)))
 
@@ -217,7 +233,11 @@ def _open_mask(node: torch.fx.Node) -> bool:
             inputs = [value(i) for i in n.all_input_nodes]
             if any(i is None for i in inputs):
                 return None
-            result = Op(n).run(*[i for i in inputs if i is not None]) if isinstance(n.target, torch._ops.OpOverload) else None
+            result = (
+                Op(n).run(*[i for i in inputs if i is not None])
+                if isinstance(n.target, torch._ops.OpOverload)
+                else None
+            )
             if not isinstance(result, Tensor):
                 return None
             cache[n] = result
@@ -227,5 +247,3 @@ def _open_mask(node: torch.fx.Node) -> bool:
         return False
     mask = value(node)
     return mask is not None and bool(torch.isfinite(mask).any(-1).all())
-
-

@@ -43,7 +43,9 @@ class Pointwise(Rule):
             return Fact.unknown(ndim)
         size = torch.broadcast_shapes(*(f.known.shape for f in facts))
         if all(f.total for f in facts) and torch.Size(size).numel() > EAGER_LIMIT:
-            return Fact(known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts)))
+            return Fact(
+                known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts))
+            )
         value = op.run(*(f.value() for f in facts))
         value = value.double() if value.is_floating_point() else value
         value = torch.where(known, value, torch.zeros((), dtype=value.dtype))
@@ -58,7 +60,9 @@ class Pointwise(Rule):
         return broadcast_labels(op.shape, op.shapes, labels, c)
 
 
-def broadcast_labels(shape: Sequence[int], shapes: Sequence[Sequence[int]], labels: Sequence[Labels], c: Coupling) -> Labels:
+def broadcast_labels(
+    shape: Sequence[int], shapes: Sequence[Sequence[int]], labels: Sequence[Labels], c: Coupling
+) -> Labels:
     """Inputs that meet along an axis leave together there; an input of size 1 takes the others' units."""
     ndim = len(shape)
     out: Labels = []
@@ -106,7 +110,12 @@ class Div(Pointwise):
         a, b = facts
         if op.position("self") is None:  # scalar / tensor
             return super().known(op, facts)
-        return self._fact(op, facts, (a.known & b.known) | a.zero, a.zero.expand(torch.broadcast_shapes(a.zero.shape, b.zero.shape)))
+        return self._fact(
+            op,
+            facts,
+            (a.known & b.known) | a.zero,
+            a.zero.expand(torch.broadcast_shapes(a.zero.shape, b.zero.shape)),
+        )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         found = super().needed(op, facts, needed)
@@ -160,7 +169,12 @@ class Copy(Pointwise):
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         fact = facts[1]
         pad = (1,) * (len(op.shape) - fact.known.ndim)
-        return Fact(fact.known.reshape(pad + fact.known.shape), fact.zero.reshape(pad + fact.zero.shape), lambda: fact.value().reshape(pad + fact.value().shape), fact.plain)
+        return Fact(
+            fact.known.reshape(pad + fact.known.shape),
+            fact.zero.reshape(pad + fact.zero.shape),
+            lambda: fact.value().reshape(pad + fact.value().shape),
+            fact.plain,
+        )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         return [needed[0] & False, reduce_to(needed[0], op.shapes[1])]
@@ -201,7 +215,13 @@ class Uniform(Rule):
         number = op.arg("fill_value", op.arg("value", op.arg("s", 1 if "ones" in name else 0)))
         meta = op.results[0]
         assert meta is not None
-        return Fact.of_value(torch.full((1,) * len(op.shape), number, dtype=torch.float64 if meta.dtype.is_floating_point else meta.dtype))
+        return Fact.of_value(
+            torch.full(
+                (1,) * len(op.shape),
+                number,
+                dtype=torch.float64 if meta.dtype.is_floating_point else meta.dtype,
+            )
+        )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         return [torch.zeros((1,) * len(shape), dtype=torch.bool) for shape in op.shapes]
@@ -210,4 +230,7 @@ class Uniform(Rule):
         if labels:
             return list(labels[0])
         shape = op.shape
-        return [c.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None for axis, n in enumerate(shape)]
+        return [
+            c.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None
+            for axis, n in enumerate(shape)
+        ]

@@ -35,7 +35,9 @@ class Reduction(Rule):
         dims = op.arg("dim", -1 if op.target in (aten.topk.default, aten.sort.default) else None)
         if dims is None or dims == []:
             return list(range(ndim))
-        return [d % max(1, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if ndim else []
+        return (
+            [d % max(1, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if ndim else []
+        )
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact = facts[0]
@@ -52,9 +54,18 @@ class Reduction(Rule):
         made = []
         for r, meta in zip(results, op.results, strict=True):
             assert meta is not None
-            shape = list(known.shape) if r.ndim == known.ndim else [n for d, n in enumerate(known.shape) if d in kept]
+            shape = (
+                list(known.shape)
+                if r.ndim == known.ndim
+                else [n for d, n in enumerate(known.shape) if d in kept]
+            )
             k = known.reshape(shape)
-            made.append(Fact.of_value(torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype)), k.expand(torch.broadcast_shapes(k.shape, r.shape))))
+            made.append(
+                Fact.of_value(
+                    torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype)),
+                    k.expand(torch.broadcast_shapes(k.shape, r.shape)),
+                )
+            )
         return tuple(made) if op.several else made[0]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -81,7 +92,9 @@ class Reduction(Rule):
                 c.pin(array.expand(shape)[live.expand(shape)], "is summed here")
             else:
                 c.pin(array, "is reduced over here")
-        arrays = [None if i in dims else c.uniform(a, [d for d in dims if d != i]) for i, a in enumerate(arrays)]
+        arrays = [
+            None if i in dims else c.uniform(a, [d for d in dims if d != i]) for i, a in enumerate(arrays)
+        ]
         found = []
         for meta in op.results:
             n = 0 if meta is None else len(meta.shape)
@@ -89,5 +102,7 @@ class Reduction(Rule):
                 found.append(list(arrays))
             else:
                 kept = [i for i in range(len(arrays)) if i not in dims]
-                found.append([None if arrays[i] is None else arrays[i].squeeze(dims) for i in kept] if n else [])  # type: ignore[union-attr]
+                found.append(
+                    [None if arrays[i] is None else arrays[i].squeeze(dims) for i in kept] if n else []
+                )  # type: ignore[union-attr]
         return tuple(found) if op.several else found[0]

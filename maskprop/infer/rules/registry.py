@@ -75,9 +75,13 @@ def register_rule(target: OpOverload, rule: Rule) -> None:
         RuleError: it has one already, or ``target`` is no overload or ``rule`` no :class:`Rule`.
     """
     if not isinstance(target, OpOverload) or not isinstance(rule, Rule):
-        raise RuleError(f"a rule joins an OpOverload (such as torch.ops.aten.relu.default) and a Rule instance; got {target!r} and {rule!r}.")
+        raise RuleError(
+            f"a rule joins an OpOverload (such as torch.ops.aten.relu.default) and a Rule instance; got {target!r} and {rule!r}."
+        )
     if target in _RULES:
-        raise RuleError(f"{target} already has the rule {type(_RULES[target]).__name__}. Remove it first with `unregister_rule`.")
+        raise RuleError(
+            f"{target} already has the rule {type(_RULES[target]).__name__}. Remove it first with `unregister_rule`."
+        )
     _RULES[target] = rule
 
 
@@ -118,7 +122,9 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     if all(f.plain for f in facts) or size > EAGER_LIMIT:
         found = tuple(Fact.constant(n, lambda i=i: as_double(results()[i])) for i, n in enumerate(ndims))  # type: ignore[misc]
     else:
-        found = tuple(Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results())
+        found = tuple(
+            Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results()
+        )
     return found if op.several else found[0]
 
 

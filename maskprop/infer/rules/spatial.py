@@ -43,7 +43,9 @@ class PerChannel(Rule):
         padding = op.arg("padding", [0])
         padded = any(p > 0 for p in (padding if isinstance(padding, (list, tuple)) else [padding]))
         uneven = op.arg("ceil_mode", False) or op.arg("divisor_override") is not None
-        return "avg_pool" not in op.target._schema.name or not ((padded and op.arg("count_include_pad", True)) or uneven)
+        return "avg_pool" not in op.target._schema.name or not (
+            (padded and op.arg("count_include_pad", True)) or uneven
+        )
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact, space = facts[0], self._space(op)
@@ -61,7 +63,10 @@ class PerChannel(Rule):
         value = fact.value()
         uniform = all(value.shape[d] == 1 for d in space)
         if uniform and (self._keeps_constants(op) or bool((~known | all_over(fact.zero, space)).all())):
-            return Fact.of_value(torch.where(known, value, torch.zeros((), dtype=value.dtype)), known.expand(torch.broadcast_shapes(known.shape, value.shape)))
+            return Fact.of_value(
+                torch.where(known, value, torch.zeros((), dtype=value.dtype)),
+                known.expand(torch.broadcast_shapes(known.shape, value.shape)),
+            )
         meta = op.results[0]
         assert meta is not None
         if torch.Size(meta.shape).numel() // meta.shape[0] > EAGER_LIMIT:
@@ -101,7 +106,10 @@ class ConstantPad(PerChannel):
         known = all_over(fact.known, space)
         value = fact.value()
         if all(value.shape[d] == 1 for d in space) and bool((~known | (value == op.arg("value", 0))).all()):
-            return Fact.of_value(torch.where(known, value, torch.zeros((), dtype=value.dtype)), known.expand(torch.broadcast_shapes(known.shape, value.shape)))
+            return Fact.of_value(
+                torch.where(known, value, torch.zeros((), dtype=value.dtype)),
+                known.expand(torch.broadcast_shapes(known.shape, value.shape)),
+            )
         return super()._first(op, fact, space)
 
 
@@ -117,7 +125,11 @@ class Im2col(Rule):
         zero = all_over(facts[0].zero, [2, 3])
         if not bool(zero.any()):
             return Fact.unknown(3)
-        rows = zero.expand(zero.shape[0], op.shapes[0][1], 1, 1).reshape(zero.shape[0], -1, 1).repeat_interleave(self._run(op), 1)
+        rows = (
+            zero.expand(zero.shape[0], op.shapes[0][1], 1, 1)
+            .reshape(zero.shape[0], -1, 1)
+            .repeat_interleave(self._run(op), 1)
+        )
         return Fact(rows, rows, torch.zeros(1, 1, 1, dtype=torch.float64))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -146,7 +158,11 @@ class Col2im(Rule):
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         zero = all_over(facts[0].zero, [2])
         if zero.shape[1] == 1 or not bool(zero.any()):
-            return Fact.unknown(4) if not bool(zero.all()) else Fact(zero[..., None], zero[..., None], torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+            return (
+                Fact.unknown(4)
+                if not bool(zero.all())
+                else Fact(zero[..., None], zero[..., None], torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+            )
         channel = zero.reshape(zero.shape[0], -1, self._run(op)).all(-1)[..., None, None]
         return Fact(channel, channel, torch.zeros(1, 1, 1, 1, dtype=torch.float64))
 
@@ -162,4 +178,9 @@ class Col2im(Rule):
             return [None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1), None, None, None]  # type: ignore[union-attr]
         runs = rows.reshape(-1, self._run(op))
         c.equal(runs, runs[:, :1])
-        return [None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1), runs[:, 0].reshape(1, -1, 1, 1), None, None]  # type: ignore[union-attr]
+        return [
+            None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1),
+            runs[:, 0].reshape(1, -1, 1, 1),
+            None,
+            None,
+        ]  # type: ignore[union-attr]
