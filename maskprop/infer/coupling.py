@@ -23,11 +23,20 @@ Labels = list["Tensor | None"]
 
 @dataclass(frozen=True)
 class Pin:
-    """These labels stay."""
+    """These labels stay.
+
+    Attributes:
+        labels: an array of them.
+        reason: completes "the unit ...".
+        node: name of the fx node that pins them.
+        live: only because these units are read; with other masks they might go. A structural pin holds under
+            every mask.
+    """
 
     labels: Tensor
     reason: str
     node: str
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,9 @@ class Coupling:
         self.edges.append((a, b))
         return a
 
-    def pin(self, labels: Tensor | None, reason: str) -> None:
+    def pin(self, labels: Tensor | None, reason: str, *, live: bool = False) -> None:
         if labels is not None and labels.numel():
-            self.pins.append(Pin(labels, reason, self.node))
+            self.pins.append(Pin(labels, reason, self.node, live))
 
     def pin_all(self, labels: Sequence[Tensor | None], reason: str) -> None:
         for array in labels:

@@ -162,7 +162,7 @@ class MatMul(Rule):
                 c.contractions.append(Contraction(op, labels.reshape(-1), constant, foldable, kind))
                 live = live & ~foldable
         shape = torch.broadcast_shapes(live.shape, labels.shape)
-        c.pin(labels.expand(shape)[live.expand(shape)], "is read here")
+        c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
 
 
 class _BiasView:
@@ -371,7 +371,7 @@ class Convolution(Rule):
                 live = live & ~foldable
         elif c.constants == "drop":
             live = live & ~all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1).expand(channels)
-        c.pin(labels[live], "is read here")
+        c.pin(labels[live], "is read here", live=True)
 
 
 def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:

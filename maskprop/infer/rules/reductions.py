@@ -89,7 +89,7 @@ class Reduction(Rule):
                 fact = c.facts_of(op)[0]
                 live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
                 shape = torch.broadcast_shapes(live.shape, array.shape)
-                c.pin(array.expand(shape)[live.expand(shape)], "is summed here")
+                c.pin(array.expand(shape)[live.expand(shape)], "is summed here", live=True)
             else:
                 c.pin(array, "is reduced over here")
         arrays = [
