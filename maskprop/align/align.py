@@ -57,9 +57,13 @@ def align(inference: Inference, constants: str = "exact", channel_multiple: int 
     owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]
-    restore = [carriers(c), regularity(c.regulars), never_empty(owned)]
+    restore = {
+        "it carries the constants of the units that left": carriers(c),
+        "every head, group or part keeps equally many units": regularity(c.regulars),
+        "an axis keeps at least one unit": never_empty(owned),
+    }
     if channel_multiple > 1:
-        restore.append(multiple_of(flat, channel_multiple))
+        restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiple_of(flat, channel_multiple)
     s.solve(restore)
     plan = Plan()
     for name, node in states.items():

@@ -12,7 +12,7 @@ ends because ``may`` only ever falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Solution:
         group: the coupled group of each label.
         may: whether a group may leave.
         removed: whether it does.
+        restored: groups that could leave and had to stay for a shape's sake, with the reason.
     """
 
     def __init__(self, c: Coupling, owned: Sequence[Tensor]) -> None:
@@ -52,6 +53,7 @@ class Solution:
         for pin in c.pins:
             self.may[self.group[_flat(pin.labels)]] = False
         self.removed = np.zeros(count, dtype=bool)
+        self.restored: dict[int, str] = {}
         self.rounds = 0
 
     def _pin_unowned(self, owned: Sequence[Tensor], count: int) -> None:
@@ -72,19 +74,20 @@ class Solution:
         found: Bools = self.removed[self.groups_of(labels)]
         return found
 
-    def solve(self, restore: Sequence[Restore]) -> None:
+    def solve(self, restore: Mapping[str, Restore]) -> None:
         """Find the fixed point, restoring until every check in ``restore`` returns nothing.
 
         Args:
-            restore: functions of the solution that return groups which have to stay.
+            restore: by the reason that it gives, functions of the solution that return groups which have to stay.
         """
         while True:
             self.rounds += 1
             self._fixed_point()
-            for check in restore:
+            for reason, check in restore.items():
                 groups = check(self)
                 if len(groups):
                     self.may[groups] = False
+                    self.restored.update(dict.fromkeys(groups.tolist(), reason))
                     break
             else:
                 return
