@@ -105,7 +105,11 @@ def demo(
     if out is not None:
         write(out, speedup, results)
         draw_widths(out / "widths.png", widths(dense), widths(compact))
-        console.print(f"Wrote report.txt, report.json, table.json and widths.png to {out}", highlight=False)
+        console.print(
+            f"Wrote report.txt, report.json, table.json and widths.png to {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     before = training_loss(compact, digits), accuracy(compact, digits)
     with Progress(console=console, disable=not progress) as bars:
@@ -116,7 +120,8 @@ def demo(
     after = training_loss(compact, digits), accuracy(compact, digits)
     console.print(
         f"Fine-tuned for one epoch: training loss {before[0]:.4f} -> {after[0]:.4f}, "
-        f"test accuracy {before[1]:.2%} -> {after[1]:.2%}"
+        f"test accuracy {before[1]:.2%} -> {after[1]:.2%}",
+        soft_wrap=True,
     )
     return results
 
@@ -151,7 +156,10 @@ def compare(models: Mapping[str, nn.Module], digits: Digits) -> dict[str, Result
 
 def table(results: Mapping[str, Result]) -> Table:
     """The results, a column a model."""
-    made = Table(title="A residual network on handwritten digits")
+    made = Table(
+        title="A residual network on handwritten digits",
+        caption=f"latency: median, threads: {torch.get_num_threads()}; accuracy and difference over all test images",
+    )
     made.add_column("")
     for name in results:
         made.add_column(name, justify="right")
