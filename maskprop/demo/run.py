@@ -158,7 +158,7 @@ def table(results: Mapping[str, Result]) -> Table:
     """The results, a column a model."""
     made = Table(
         title="A residual network on handwritten digits",
-        caption=f"latency: median, threads: {torch.get_num_threads()}; accuracy and difference over all test images",
+        caption=f"latency: median, threads: {torch.get_num_threads()}; the rest over all test images",
     )
     made.add_column("")
     for name in results:
