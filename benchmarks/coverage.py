@@ -232,9 +232,8 @@ def run(
                 if row["masking"] != "done":
                     tally[row["outcome"]] += 1
                 if row["outcome"] == "mismatch":
-                    progress.console.print(
-                        f"[bold white on red] SILENT MISMATCH [/] {zoo}/{name} {row['masking']}: {row['detail']}"
-                    )
+                    loud = "[bold white on red] SILENT MISMATCH [/]"
+                    progress.console.print(f"{loud} {zoo}/{name} {row['masking']}: {row['detail']}")
                 elif row["outcome"] != "exact":
                     text = f"{row['outcome']:8} {zoo}/{name} {row['masking']}: {row.get('detail', '')[:160]}"
                     progress.console.print(text, markup=False)

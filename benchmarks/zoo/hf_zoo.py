@@ -231,7 +231,14 @@ family("qwen2", "Qwen2ForCausalLM", "Qwen2Config", causal, **_LLAMA)
 family("qwen3", "Qwen3ForCausalLM", "Qwen3Config", causal, **_HEADS)
 family("gemma", "GemmaForCausalLM", "GemmaConfig", causal, **_HEADS)
 family(
-    "gemma2", "Gemma2ForCausalLM", "Gemma2Config", causal, sliding_window=4, query_pre_attn_scalar=8, **_HEADS
+    "gemma2",
+    "Gemma2ForCausalLM",
+    "Gemma2Config",
+    causal,
+    attentions=("eager",),  # the class refuses sdpa: its scores are soft-capped
+    sliding_window=4,
+    query_pre_attn_scalar=8,
+    **_HEADS,
 )
 family(
     "gemma3",

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .specimen import Inputs
-from .structure import Masks, Site, Structure, first_heads, keep, path
+from .structure import Masks, Site, Structure, keep, path
 
 Masking = Callable[[Structure, torch.Generator], Masks]
 
@@ -122,7 +122,7 @@ def _attention_rows(
 def heads(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.attention:
-        removed = first_heads(structure.calls[site.index].layer, site.heads, site.heads // 2)
+        removed = structure.first_heads(site, site.heads // 2)
         _merge(masks, _producing(structure, site, removed))
     for name, module in _torch_attention(structure):
         removed = torch.arange(module.num_heads) < module.num_heads // 2
@@ -133,7 +133,7 @@ def heads(structure: Structure, generator: torch.Generator) -> Masks:
 def heads_out(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.attention:
-        consumer = structure.calls[site.index].layer
+        consumer = structure.consumer(site)
         odd = torch.arange(site.heads) % 2 == 1
         _merge(masks, consumer.columns(odd.repeat_interleave(consumer.inputs // site.heads)))
     for name, module in _torch_attention(structure):
@@ -145,19 +145,16 @@ def heads_out(structure: Structure, generator: torch.Generator) -> Masks:
 def dims(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.attention:
-        consumer = structure.calls[site.index].layer
+        consumer = structure.consumer(site)
         size = consumer.inputs // site.heads
         half = _paired_half(size, generator)
         _merge(masks, _producing(structure, site, half.repeat(site.heads)))
-        for rows in _scoring_rows(structure, site):
-            for name, (q, k) in rows.items():
-                layer = structure.layer(name)
-                removed = torch.zeros(layer.width, dtype=torch.bool)
-                if q.numel() == size:
-                    removed[q[half]] = True
-                if k.numel() == size:
-                    removed[k[half]] = True
-                _merge(masks, layer.rows(removed))
+        for name, heads_rows in _scoring_rows(structure, site).items():
+            layer = structure.layer(name)
+            removed = torch.zeros(layer.width, dtype=torch.bool)
+            for rows in heads_rows:  # fused weights: q before k
+                removed[rows[half.repeat(rows.numel() // size)]] = True
+            _merge(masks, layer.rows(removed))
     for name, module in _torch_attention(structure):
         half = _paired_half(module.head_dim, generator)
         _merge(masks, _attention_rows(name, module, half.repeat(module.num_heads)))
@@ -167,7 +164,7 @@ def dims(structure: Structure, generator: torch.Generator) -> Masks:
 def dims_out(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.attention:
-        consumer = structure.calls[site.index].layer
+        consumer = structure.consumer(site)
         size = consumer.inputs // site.heads
         removed = torch.cat([random_half(size, generator) for _ in range(site.heads)])
         _merge(masks, consumer.columns(removed))
@@ -183,40 +180,30 @@ def _paired_half(size: int, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([half, half.new_zeros(size - half.numel())])
 
 
-def _scoring_rows(structure: Structure, site: Site) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """For each head, layer name -> (q rows, k rows): what serves that head alone without being a value row.
+def _scoring_rows(structure: Structure, site: Site) -> dict[str, list[torch.Tensor]]:
+    """Layer name -> for each head, the q or k rows (or q rows, then k rows) that serve that head alone.
 
-    Rows of one layer divide into halves (fused weights: q before k); a layer with as many rows as a head
-    has dims holds one of the two. Keys that several query heads share belong to no head alone.
+    A row that reaches features of both parities is no value row. Keys that several query heads share belong
+    to no head alone.
     """
-    consumer = structure.calls[site.index].layer
+    consumer = structure.consumer(site)
     size = consumer.inputs // site.heads
-    found = []
-    for head in range(site.heads):
-        block = torch.zeros(consumer.inputs, dtype=torch.bool)
-        block[head * size : (head + 1) * size] = True
-        even = block.clone()
-        even[head * size : (head + 1) * size : 2] = False
-        odd = block & ~even
-        rows = {}
-        values = [structure.producers(site.index, part) for part in (even, odd)]
-        for name, own in structure.producers(site.index, block).items():
-            for part in values:
-                own = own & ~part.get(name, torch.zeros_like(own))
-            index = own.nonzero().flatten()
-            none = index[:0]
-            if index.numel() == 2 * size:
-                rows[name] = (index[:size], index[size:])
-            elif index.numel() == size:
-                rows[name] = (index, none)
-        found.append(rows)
+    feature = torch.arange(consumer.inputs)
+    blocks = [feature // size == head for head in range(site.heads)]
+    parities = structure.reached(site, [feature % 2 == 0, feature % 2 == 1])
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, reached in structure.reached(site, blocks).items():
+        alone = reached & (reached.sum(0) == 1) & parities[name].all(0)
+        rows = [row.nonzero().flatten() for row in alone]
+        if all(row.numel() in (size, 2 * size) for row in rows):
+            found[name] = rows
     return found
 
 
 def mlp(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.mlps:
-        removed = random_half(structure.calls[site.index].layer.inputs, generator)
+        removed = random_half(structure.consumer(site).inputs, generator)
         _merge(masks, _producing(structure, site, removed))
     for name, hidden in _experts(structure.model):
         rows = random_half(hidden, generator).repeat(2)
@@ -227,7 +214,7 @@ def mlp(structure: Structure, generator: torch.Generator) -> Masks:
 def mlp_out(structure: Structure, generator: torch.Generator) -> Masks:
     masks: Masks = {}
     for site in structure.mlps:
-        consumer = structure.calls[site.index].layer
+        consumer = structure.consumer(site)
         _merge(masks, consumer.columns(random_half(consumer.inputs, generator)))
     for name, hidden in _experts(structure.model):
         _merge(masks, {path(name, "down_proj"): keep(random_half(hidden, generator))[None, None]})
@@ -256,7 +243,7 @@ def _torch_attention(structure: Structure) -> list[tuple[str, nn.MultiheadAttent
 
 def _producing(structure: Structure, site: Site, removed: torch.Tensor) -> Masks:
     masks: Masks = {}
-    for name, rows in structure.producers(site.index, removed).items():
+    for name, rows in structure.producers(site, removed).items():
         if name != structure.last:
             _merge(masks, structure.layer(name).rows(rows))
     return masks

@@ -24,8 +24,6 @@ Masks = dict[str, torch.Tensor]
 
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_q_heads")
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "dim_head", "key_dim")
-#: How many layer calls back from a consumer its producers may lie.
-_WINDOW = 8
 
 
 def path(module: str, parameter: str) -> str:
@@ -139,10 +137,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Site:
-    """A consumer and how its input features divide: into ``heads`` blocks, or into single units (0)."""
+    """A consumer by its call's index, and how its input divides: into ``heads`` blocks, or units (0)."""
 
     index: int
     heads: int = 0
+
+    @property
+    def window(self) -> int:
+        """How many layer calls back from the consumer its producers may lie."""
+        return 8 if self.heads else 3
 
 
 class Structure:
@@ -201,6 +204,7 @@ class Structure:
 
     def _attention_sites(self) -> Iterator[Site]:
         position = {call.layer.name: index for index, call in enumerate(self.calls)}
+        taken: set[int] = set()
         for container, module in self.model.named_modules():
             inside = [
                 position[name] for name in position if container == "" or name.startswith(container + ".")
@@ -209,62 +213,82 @@ class Structure:
                 continue
             if any(_names_heads(child) for child in module.modules() if child is not module):
                 continue
-            for index in (max(inside), max(inside) + 1):
-                heads = _count_heads(module, self.calls[index].layer) if index < len(self.calls) else 0
-                if heads > 1 and self.producers(
-                    index, first_heads(self.calls[index].layer, heads, heads // 2)
-                ):
-                    yield Site(index, heads)
-                    break
+            best, most = None, 0.0
+            for index in (*sorted(inside), max(inside) + 1):  # the projection may be the module's neighbour
+                consumer = self.calls[index].layer if index < len(self.calls) else None
+                heads = _count_heads(module, consumer) if consumer is not None and consumer.pointwise else 0
+                site = Site(index, heads)
+                if heads < 2 or index in taken:
+                    continue
+                rows = self.producers(site, self.first_heads(site, heads // 2))
+                # Queries, keys and values serve heads: more rows than an MLP has for as many features.
+                share = sum(int(row.sum()) for row in rows.values()) / self.consumer(site).inputs
+                if share > most:
+                    best, most = site, share
+            if best is not None:
+                taken.add(best.index)
+                yield best
 
     def _is_mlp(self, index: int) -> bool:
         removed = torch.zeros(self.calls[index].layer.inputs, dtype=torch.bool)
         removed[::2] = True
-        return bool(self.producers(index, removed))
+        return bool(self.producers(Site(index), removed))
 
-    def producers(self, index: int, removed: torch.Tensor) -> dict[str, torch.Tensor]:
+    def producers(self, site: Site, removed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The rows that matter to removed features of a consumer's input alone.
 
         Args:
-            index: of the consumer's call.
+            site: the consumer.
             removed: bool, one entry a feature of the consumer's input.
 
         Returns:
             Layer name -> bool, one entry an output unit; layers without any such row are left out.
         """
-        consumer = self.calls[index]
-        before = [c for c in self.calls[max(0, index - _WINDOW) : index] if c.output.requires_grad]
+        reached = self.reached(site, [removed, ~removed])
+        return {name: gone & ~kept for name, (gone, kept) in reached.items() if (gone & ~kept).any()}
+
+    def reached(self, site: Site, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Which rows of the layers before a consumer reach which parts of its input.
+
+        Args:
+            site: the consumer.
+            parts: bool tensors, one entry a feature of the consumer's input.
+
+        Returns:
+            Layer name -> bool, (parts, output units).
+        """
+        consumer = self.calls[site.index]
+        first = max(0, site.index - site.window)
+        before = [c for c in self.calls[first : site.index] if c.output.requires_grad]
         features = consumer.input.movedim(consumer.layer.feature_axis, -1)
-        if not before or not features.requires_grad or features.shape[-1] != removed.numel():
+        if not before or not features.requires_grad or features.shape[-1] != parts[0].numel():
             return {}
         features = features * torch.rand(features.shape, generator=torch.Generator().manual_seed(0)).add(0.5)
+        outputs = [c.output for c in before]
         try:
-            to_removed, to_kept = (
-                torch.autograd.grad(
-                    features[..., part].sum(),
-                    [c.output for c in before],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                for part in (removed, ~removed)
-            )
+            gradients = [
+                torch.autograd.grad(features[..., part].sum(), outputs, retain_graph=True, allow_unused=True)
+                for part in parts
+            ]
         except RuntimeError:  # reentrant checkpoints forbid it
             return {}
-        found = {}
-        for c, gone, kept in zip(before, to_removed, to_kept, strict=True):
-            rows = _reached(c, gone) & ~_reached(c, kept)
-            if rows.any() and rows.numel() == c.layer.width:
-                found[c.layer.name] = rows
-        return found
+        return {
+            c.layer.name: torch.stack([_reached(c, gradient) for gradient in row])
+            for c, *row in zip(before, *gradients, strict=True)
+            if c.output.shape[c.layer.feature_axis] == c.layer.width
+        }
+
+    def first_heads(self, site: Site, count: int) -> torch.Tensor:
+        """The input features of a consumer's first heads."""
+        return (torch.arange(site.heads) < count).repeat_interleave(self.consumer(site).inputs // site.heads)
+
+    def consumer(self, site: Site) -> Layer:
+        """The layer that reads a site."""
+        return self.calls[site.index].layer
 
     def layer(self, name: str) -> Layer:
         """The layer of a name."""
         return next(layer for layer in self.layers if layer.name == name)
-
-
-def first_heads(consumer: Layer, heads: int, count: int) -> torch.Tensor:
-    """The input features of a consumer's first ``count`` heads."""
-    return (torch.arange(heads) < count).repeat_interleave(consumer.inputs // heads)
 
 
 def _reached(call: Call, gradient: torch.Tensor | None) -> torch.Tensor:

@@ -71,6 +71,6 @@ for _name in ("mobilenet_v2", "mobilenet_v3_large"):
 
 for _name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"):
     TORCHVISION.add(Specimen(_name, partial(models.get_model, _name), images(3, 16, 64, 64)))
-for _name in ("mvit_v1_b", "mvit_v2_s"):
-    _build = partial(models.get_model, _name, spatial_size=(64, 64), temporal_size=4)
-    TORCHVISION.add(Specimen(_name, _build, images(3, 4, 64, 64)))
+for _name in ("mvit_v1_b", "mvit_v2_s"):  # their builders fix the size of the video
+    _build = partial(models.get_model, _name)
+    TORCHVISION.add(Specimen(_name, _build, images(3, 16, 224, 224), batch=1, fresh=(1, 2)))
