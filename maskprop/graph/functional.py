@@ -62,18 +62,12 @@ def functional_overload(op: OpOverload) -> OpOverload:
         UnsupportedOpError: there is none.
     """
     namespace, name = op._schema.name.split("::")
-    if name.endswith("_") and not name.startswith("__"):
-        packet = getattr(getattr(torch.ops, namespace), name.rstrip("_"), None)
-        found = getattr(packet, op._overloadname, None) if packet is not None else None
-        if isinstance(found, OpOverload):
+    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_") or name, None)
+    wanted = [a.name for a in op._schema.arguments if not a.is_out]
+    for overload in [op._overloadname, *packet.overloads()] if packet is not None else []:
+        found = getattr(packet, overload, None)
+        if isinstance(found, OpOverload) and not found._schema.is_mutable and [a.name for a in found._schema.arguments] == wanted:
             return found
-    if op._overloadname.endswith("out"):
-        packet = getattr(getattr(torch.ops, namespace), name)
-        for overload in packet.overloads():
-            found = getattr(packet, overload)
-            plain = [a.name for a in op._schema.arguments if not a.is_out]
-            if not found._schema.is_mutable and [a.name for a in found._schema.arguments] == plain:
-                return found
     raise UnsupportedOpError(
         f"{op} writes to its argument and has no functional form. Replace it in the model's forward by an op that returns its result."
     )

@@ -31,7 +31,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, concrete: bool) -> None:
         super().__init__()
         self.graph = Graph(fx.Graph(), {}, concrete=concrete)
-        self.opaque = False
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
         self._names, self.graph.aliases = _names_of(model)
@@ -84,14 +83,13 @@ class Recorder(TorchDispatchMode):
         self._bind(tensor, self._tag(node, TensorMeta.of(tensor)))
 
     def finish(self, outputs: list[tuple[str, Tensor]]) -> Graph:
-        """Close the graph with its outputs and drop the calls that nothing reads."""
+        """Close the graph with its outputs, without the calls that were only implied and that nothing reads."""
         nodes = [self._node(t) for _, t in outputs]
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
-        if not self.opaque:  # else a read that no op shows may hide behind a value without users
-            for node in reversed(self.graph.fx.nodes):
-                if not node.users and node.op in ("call_function", "get_attr"):
-                    self.graph.fx.erase_node(node)
+        for node in reversed(self.graph.fx.nodes):
+            if not node.users and (node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem):
+                self.graph.fx.erase_node(node)
         for name, saved in self._saved.items():
             self.graph.state[name].copy_(saved)
         return self.graph
@@ -113,7 +111,9 @@ class Recorder(TorchDispatchMode):
         if schema.is_mutable:
             self._save_mutated(op, args)
         result = op(*args, **kwargs)
-        if schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
+        if torch.Tag.inplace_view in op.tags:
+            self._record_in_place_view(op, args, node_args, dict(node_kwargs))
+        elif schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
             self._record_write(op, args, kwargs, node_args, dict(node_kwargs), result)
         else:
             self._record(op, args, node_args, dict(node_kwargs), result)
@@ -156,6 +156,11 @@ class Recorder(TorchDispatchMode):
                     self._values[id(result_i)] = value
                     self._keep.append(result_i)
 
+    def _record_in_place_view(self, op: OpOverload, args: Any, node_args: Any, node_kwargs: dict[str, Any]) -> None:
+        """``transpose_`` and the like: the same tensor object becomes a view of what it was."""
+        node = self._emit_tagged(functional_overload(op), node_args, node_kwargs, TensorMeta.of(args[0]))
+        self._values[id(args[0])] = Value(node, self._values[id(args[0])], node, seen=self._values[id(args[0])].version)
+
     def _view_of(self, op: OpOverload, args: Any, node: fx.Node, index: int | None) -> tuple[Any, ...]:
         """Parent, view node and output index of a result that shares its first argument's memory."""
         returns = op._schema.returns
@@ -188,7 +193,7 @@ class Recorder(TorchDispatchMode):
         if name is None:
             name = f"_constant{len(self.graph.state)}"
             self.graph.state[name] = tensor
-            self.opaque |= self.graph.concrete
+            self.graph.opaque |= self.graph.concrete
         node = self._states.get(name)
         if node is None:
             owner = found[1] if found else tensor
@@ -209,13 +214,18 @@ class Recorder(TorchDispatchMode):
     def _emit(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         """Record a call that the functional form needs and that was never dispatched."""
         if target is None:
-            return self._emit_tagged(operator.getitem, args, {}, args[0].meta["tensor"][args[1]])
+            return self._imply(self._emit_tagged(operator.getitem, args, {}, args[0].meta["tensor"][args[1]]))
         metas = fx.node.map_aggregate(args, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
         with torch.utils._python_dispatch._disable_current_modes():
             result = target(*metas, **fx.node.map_aggregate(kwargs, lambda a: _blank(a) if isinstance(a, fx.Node) else a))
         device = args[0].meta["tensor"].device
         metas_out = [TensorMeta(tuple(r.shape), r.dtype, device) for r in (result if isinstance(result, (list, tuple)) else [result])]
-        return self._emit_tagged(target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0])
+        return self._imply(self._emit_tagged(target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0]))
+
+    @staticmethod
+    def _imply(node: fx.Node) -> fx.Node:
+        node.meta["implied"] = True
+        return node
 
     def _tag(self, node: fx.Node, meta: Any) -> fx.Node:
         node.meta["tensor"] = meta

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ class _Proxy(fx.Proxy):
     """A proxy that knows its companion's length."""
 
     def __len__(self) -> int:
-        value = self.tracer.companion(self.node)  # type: ignore[attr-defined]
-        return len(value)
+        return len(self.tracer.companion(self.node))  # type: ignore[attr-defined]
 
 
 class _Tracer(fx.Tracer):
@@ -145,7 +145,25 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
     """
     with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         values = {name: map_tensors(value, lambda n: _blank(n, fake), fx.Node) for name, value in arguments.items()}
-        return _Tracer(module, values, fake).trace(module)
+        with _symbolic_finfo():
+            return _Tracer(module, values, fake).trace(module)
+
+
+@contextmanager
+def _symbolic_finfo() -> Iterator[None]:
+    """``torch.finfo(x.dtype)`` of a traced dtype becomes a node."""
+    finfo = torch.finfo
+
+    def symbolic(dtype: Any) -> Any:
+        if isinstance(dtype, fx.Proxy):
+            return dtype.tracer.create_proxy("call_function", finfo, (dtype,), {})
+        return finfo(dtype)
+
+    torch.finfo = symbolic  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.finfo = finfo  # type: ignore[misc]
 
 
 def _blank(node: fx.Node, fake: FakeTensorMode) -> Tensor:

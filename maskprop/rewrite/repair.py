@@ -144,6 +144,8 @@ class Repair:
         model = self.edits.model
         kind = type(model.get_submodule(candidate.path))
         changes = [AttributeChange(candidate.path, candidate.attribute, candidate.old, candidate.new)]
+        if not (candidate.size.path + ".").startswith(candidate.path + "." if candidate.path else ""):
+            return changes
         below = candidate.size.path.removeprefix(candidate.path)
         for path, module in model.named_modules():
             if type(module) is not kind or path == candidate.path or vars(module).get(candidate.attribute) != candidate.old:
@@ -232,7 +234,7 @@ class _Candidate:
 def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
     """Sizes that changed: at the op at fault first, then at the other ops of its module."""
     assert mismatch.op is not None
-    path, first = mismatch.path, replay.position(mismatch.op)
+    path, first = str(mismatch.op.meta["path"]), replay.position(mismatch.op)
     ops = replay.ops_of(path)
     order = [first] if first is not None else []
     order += [i for i in range(len(ops)) if i != first]

@@ -47,6 +47,10 @@ class PerChannel(Rule):
             (padded and op.arg("count_include_pad", True)) or uneven
         )
 
+    def _keeps(self, op: Op, value: Tensor, known: Tensor) -> bool:
+        """Whether these uniform known numbers come out as they went in."""
+        return self._keeps_constants(op) or bool((~known | (value == 0)).all())
+
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact, space = facts[0], self._space(op)
         if fact.total and fact.plain:
@@ -62,7 +66,7 @@ class PerChannel(Rule):
             return Fact.unknown(known.ndim)
         value = fact.value()
         uniform = all(value.shape[d] == 1 for d in space)
-        if uniform and (self._keeps_constants(op) or bool((~known | all_over(fact.zero, space)).all())):
+        if uniform and self._keeps(op, value, known):
             return Fact.of_value(
                 torch.where(known, value, torch.zeros((), dtype=value.dtype)),
                 known.expand(torch.broadcast_shapes(known.shape, value.shape)),
@@ -99,18 +103,8 @@ class ConstantPad(PerChannel):
         pad, ndim = op.arg("pad"), len(op.shapes[0])
         return [ndim - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
 
-    def _keeps_constants(self, op: Op) -> bool:
-        return False
-
-    def _first(self, op: Op, fact: Fact, space: list[int]) -> Fact:
-        known = all_over(fact.known, space)
-        value = fact.value()
-        if all(value.shape[d] == 1 for d in space) and bool((~known | (value == op.arg("value", 0))).all()):
-            return Fact.of_value(
-                torch.where(known, value, torch.zeros((), dtype=value.dtype)),
-                known.expand(torch.broadcast_shapes(known.shape, value.shape)),
-            )
-        return super()._first(op, fact, space)
+    def _keeps(self, op: Op, value: Tensor, known: Tensor) -> bool:
+        return bool((~known | (value == op.arg("value", 0))).all())
 
 
 @register(aten.im2col.default)
