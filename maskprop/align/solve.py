@@ -129,6 +129,8 @@ def regularity(regulars: Sequence[Regular]) -> Restore:
             for i, array in enumerate(labels):
                 if i != axis and array is not None:
                     others = others & ~s.leaves(array)
+            if not leaves.size:
+                continue
             kept = (~leaves).sum(axis, keepdims=True)
             if not np.broadcast_to(others, np.broadcast_shapes(others.shape, kept.shape)).any():
                 continue

@@ -17,6 +17,10 @@ aten = torch.ops.aten
 
 # Ops that only lay memory out: whether they appear depends on sizes and strides.
 _LAYOUT = {aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.dropout.default}
+_RESHAPES = {
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
+}  # fmt: skip
 _SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default, aten.mm.default: aten.addmm.default}
 
 
@@ -54,6 +58,7 @@ class Replay:
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete = graph.concrete
+        self._constants = {n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
         self._by_path: dict[str, list[fx.Node]] = {}
         self._position: dict[fx.Node, int] = {}
         for node in self.ops:
@@ -92,6 +97,7 @@ class Replay:
     def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
         """Trace ``model`` and return the first mismatch."""
         graph, error, path = trace_partial(model, inputs, self.concrete)
+        self._constants.update({n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"})
         return self.compare([n for n in graph.fx.nodes if is_op(n)], error, path)
 
     def compare(self, actual: list[fx.Node], error: Exception | None, path: str) -> Mismatch | None:
@@ -119,9 +125,10 @@ class Replay:
 
     @staticmethod
     def _idle(shapes: tuple[Any, ...], source: tuple[int, ...] | None, node: fx.Node) -> bool:
-        """A reshape or expand to the shape that its input has."""
-        kinds = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default)
-        return node.target in kinds and len(shapes) == 1 and shapes[0] == source
+        """A reshape or expand to the shape that its input has, up to axes of size 1."""
+        if node.target not in _RESHAPES or len(shapes) != 1 or source is None:
+            return False
+        return [n for n in shapes[0] or () if n != 1] == [n for n in source if n != 1]
 
     def differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
         """What was wanted and what came, where a compact op is not what the dense one says."""
@@ -132,6 +139,11 @@ class Replay:
             actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
         if wanted != actual:
             return wanted, actual
+        for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
+            constants = (self._constants.get(n) if str(n.target).startswith("_constant") else None for n in (a, b))
+            left, right = constants
+            if left is not None and right is not None and not torch.equal(left, right):
+                return left, right
         if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
             for a, b in zip(_scalars(want), _scalars(got), strict=False):
                 if a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))):
