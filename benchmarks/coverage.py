@@ -28,6 +28,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from .coverage_table import write_table
 
@@ -216,33 +217,36 @@ def run(
         ThreadPoolExecutor(jobs) as pool,
     ):
         task = progress.add_task("coverage", total=len(models))
+        lock = threading.Lock()
 
-        def one(key: tuple[str, str]) -> list[Row]:
-            skip = [masking for zoo, model, masking in keep if (zoo, model) == key and masking != "done"]
-            return list(run_model(*key, maskings, skip, limits))
-
-        futures = {pool.submit(one, key): key for key in models}
-        for future in as_completed(futures):
-            zoo, name = futures[future]
-            rows = future.result()
-            if maskings is None:
-                rows.append({"zoo": zoo, "model": name, "masking": "done", "outcome": "exact"})
-            for row in rows:
+        def store(row: Row) -> None:
+            with lock:
                 file.write(json.dumps(row) + "\n")
+                file.flush()
                 if row["masking"] != "done":
                     tally[row["outcome"]] += 1
-                if row["outcome"] == "mismatch":
-                    loud = "[bold white on red] SILENT MISMATCH [/]"
-                    progress.console.print(f"{loud} {zoo}/{name} {row['masking']}: {row['detail']}")
-                elif row["outcome"] != "exact":
-                    text = f"{row['outcome']:8} {zoo}/{name} {row['masking']}: {row.get('detail', '')[:160]}"
-                    progress.console.print(text, markup=False)
-            file.flush()
-            progress.update(task, advance=1, description=f"{name}: " + _summary(tally))
+                    _announce(row, progress.console)
+
+        def one(key: tuple[str, str]) -> str:
+            skip = [masking for zoo, model, masking in keep if (zoo, model) == key and masking != "done"]
+            for row in run_model(*key, maskings, skip, limits):
+                store(row)
+            if maskings is None:
+                store({"zoo": key[0], "model": key[1], "masking": "done", "outcome": "exact"})
+            return key[1]
+
+        for future in as_completed([pool.submit(one, key) for key in models]):
+            summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(tally.items()))
+            progress.update(task, advance=1, description=f"{future.result()}: {summary}")
 
 
-def _summary(tally: Counter[str]) -> str:
-    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(tally.items()))
+def _announce(row: Row, console: Console) -> None:
+    """One line about whatever is not exact; a silent mismatch is loud."""
+    text = f"{row['zoo']}/{row['model']} {row['masking']}: {row.get('detail', '')[:200]}"
+    if row["outcome"] == "mismatch":
+        console.print(Text.assemble(("SILENT MISMATCH", "bold white on red"), " ", text))
+    elif row["outcome"] != "exact":
+        console.print(Text(f"{row['outcome']:9}{text}"))
 
 
 def main() -> None:
