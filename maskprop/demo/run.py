@@ -97,7 +97,7 @@ def demo(
 
     masks = l1_masks(dense, sparsity)
     masked = apply_masks(copy.deepcopy(dense), masks)
-    speedup = ModelSpeedup(copy.deepcopy(dense), digits.test_images[:2], masks)
+    speedup = ModelSpeedup(copy.deepcopy(dense), digits.test_images[:1], masks)
     compact = speedup.speedup_model()
 
     results = compare({"dense": dense, "masked": masked, "compact": compact}, digits)
