@@ -16,6 +16,10 @@ class MaskpropWarning(UserWarning):
     """Base of all warnings of maskprop: the result stands, but something about it should be known."""
 
 
+class UnverifiedWarning(MaskpropWarning):
+    """A comparison could not show anything."""
+
+
 class OptionError(MaskpropError, ValueError):
     """An argument has a value that the function does not take."""
 
@@ -100,6 +104,44 @@ class VerifyError(MaskpropError, RuntimeError):
 
 class NonFiniteError(MaskpropError, ArithmeticError):
     """A parameter, buffer or output holds nan or infinity, so that a zero mask does not hide its input."""
+
+
+# --- pruning ---------------------------------------------------------------------------------------------
+
+
+class GroupError(MaskpropError, LookupError):
+    """A group does not exist, or was found in a way that cannot answer what is asked of it."""
+
+
+class SelectorError(MaskpropError, ValueError):
+    """A configuration names a module, type, group or key that does not exist."""
+
+
+class RatioError(MaskpropError, ValueError):
+    """A share to prune lies outside [0, 1), or would leave nothing of a group."""
+
+
+class ScoreError(MaskpropError, ValueError):
+    """Scores cannot be computed, have a wrong shape, or are not finite."""
+
+
+class MaskingError(MaskpropError, RuntimeError):
+    """Masks cannot be put on a model or taken off it."""
+
+
+# --- storage ---------------------------------------------------------------------------------------------
+
+
+class SaveError(MaskpropError, OSError):
+    """A model could not be saved; what was in the directory before is as it was."""
+
+
+class LoadError(MaskpropError, ValueError):
+    """A saved model is missing, damaged, half-written, unsafe, or of another version."""
+
+
+class ArchitectureError(MaskpropError, ValueError):
+    """A model is not the dense architecture that a saved plan was made for."""
 
 
 # --- surroundings ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -132,6 +133,20 @@ def make_prune_permanent(model: nn.Module) -> None:
         del module._parameters[name + "_orig"], module._buffers[name + "_mask"]
         module.__dict__.pop(name, None)  # the product that the hook left there
         setattr(module, name, plain)  # not register_parameter: an RNN follows its weights by setattr
+
+
+@contextmanager
+def prune_masks_removed(model: nn.Module) -> Iterator[None]:
+    """Make the model's pruning masks permanent; if what follows fails, put parameters, masks and hooks back."""
+    tables = [(t, t.copy()) for m in model.modules() for t in (m.__dict__, m._parameters, m._buffers, m._forward_pre_hooks)]
+    make_prune_permanent(model)
+    try:
+        yield
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        raise
 
 
 # --- reading ---------------------------------------------------------------------------------------------

@@ -4,30 +4,78 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from maskprop.align.align import Alignment, align
-from maskprop.errors import MaskpropError, OptionError, StageError, VerifyError
+from maskprop.align.plan import Plan
+from maskprop.errors import NonFiniteError, OptionError, StageError, UnverifiedWarning, VerifyError
+from maskprop.explain import Explainer, Explanation
+from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
 from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
-from maskprop.infer.sweep import Inference
-from maskprop.masks import MasksLike, load_masks
+from maskprop.infer.sweep import Facts, Inference
+from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.report import Report
-from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
+from maskprop.rewrite.edits import Edits, tensor_of
 from maskprop.rewrite.reference import masked_state
 from maskprop.rewrite.repair import Repair
-from maskprop.rewrite.verify import Reference, fresh_inputs
+from maskprop.rewrite.steps import RECORD, Snapshot, new_record
+from maskprop.rewrite.verify import Reference, first_difference, fresh_inputs
 
 log = logging.getLogger(__name__)
 
+CONSTANTS = ("exact", "fold", "drop")
+MODES = ("auto", "rules", "gradient")
+
 
 class ModelSpeedup:
-    """Make a masked model small: ``ModelSpeedup(model, dummy_input, masks).speedup_model()``."""
+    """Make a masked model small: ``ModelSpeedup(model, dummy_input, masks).speedup_model()``.
+
+    The stages are methods of their own with NNI's names: :meth:`initialize_speedup`, :meth:`infer_modules_masks`,
+    :meth:`update_direct_sparsity`, :meth:`update_indirect_sparsity`, :meth:`replace_compressed_modules`.
+
+    Args:
+        model: changed in place by :meth:`speedup_model`; whatever fails leaves it as it was.
+        dummy_input: a tensor; a tuple or list of positional arguments, whose last item may be a dict of keyword
+            arguments; or a dict of keyword arguments.
+        masks_file: a path or a dict of masks, 1 = keep (see :func:`maskprop.load_masks`); ``None`` takes the model's
+            own ``torch.nn.utils.prune`` masks and makes them permanent.
+        map_location: device for masks from a file.
+        batch_dim: the axis of the inputs that is the batch; it never shrinks. Kept for NNI's callers: no axis of an
+            input shrinks.
+        confidence: random points at which an op without a rule is probed.
+        customized_replacers: objects with ``replace_modules(speedup)``, called before anything else is rewritten.
+        customized_replace_func: module type (or class name) -> function of
+            ``(module, (input_masks, output_mask, weight_masks))`` that returns the new module.
+        constants: ``"exact"`` folds every constant that a pruned unit leaves, or keeps the unit; ``"fold"`` puts
+            them into biases even where padded borders then differ; ``"drop"`` ignores them.
+        inference: ``"auto"`` (rules, and probes where there is none), ``"rules"`` or ``"gradient"`` (probes only).
+        channel_multiple: every axis that shrinks keeps a multiple of this many units.
+        tracer: ``"auto"``, ``"fake"``, ``"concrete"``, ``"meta"`` or a function of ``(model, inputs)``.
+        verify: compare with the masked model, on the dummy input and on a random one, before returning.
+        seed: of the random numbers that probes and verification draw.
+
+    Attributes:
+        graph: the recorded forward pass.
+        facts: what the inference found.
+        plan: what leaves, what is folded, what changes.
+        report: the account of the speedup.
+
+    Raises:
+        MaskError: the masks do not fit the model (see the subclasses).
+        OptionError: an option has a value that it does not take.
+    """
+
+    graph: Graph
+    inference: Inference
+    alignment: Alignment
 
     def __init__(
         self,
@@ -37,8 +85,8 @@ class ModelSpeedup:
         map_location: str | torch.device | None = None,
         batch_dim: int = 0,
         confidence: int = 8,
-        customized_replacers: list[Any] | None = None,
-        customized_replace_func: dict[Any, Any] | None = None,
+        customized_replacers: Sequence[Replacer] | None = None,
+        customized_replace_func: Mapping[type | str, ReplaceFunction] | None = None,
         *,
         constants: str = "exact",
         inference: str = "auto",
@@ -47,51 +95,187 @@ class ModelSpeedup:
         verify: bool = True,
         seed: int = 0,
     ) -> None:
+        for name, value, known in (("constants", constants, CONSTANTS), ("inference", inference, MODES)):
+            if value not in known:
+                raise OptionError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
+        for name, number in (("channel_multiple", channel_multiple), ("confidence", confidence)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise OptionError(f"{name} is {number!r}; expected a whole number of at least 1.")
         self.model = model
         self.inputs: Inputs = split_inputs(dummy_input)
-        self.constants = constants
-        self.inference_mode = inference
-        self.channel_multiple = channel_multiple
-        self.tracer = tracer
-        self.verify = verify
+        self.batch_dim, self.confidence = batch_dim, confidence
+        self.constants, self.channel_multiple = constants, channel_multiple
+        self.inference_mode, self.tracer, self.verify = inference, tracer, verify
         self.generator = torch.Generator().manual_seed(seed)
-        self.masks = load_masks(model, masks_file, map_location)
+        self.masks: Masks = load_masks(model, masks_file, map_location)
         self.report = Report()
+        self._customs = Customs(customized_replacers or (), customized_replace_func or {})
+        self._own_masks = masks_file is None
+        self._edits: Edits | None = None
+
+    # -- the stages -----------------------------------------------------------------------------
 
     def speedup_model(self) -> nn.Module:
-        """Rewrite the model in place and return it."""
+        """Rewrite the model in place.
+
+        Returns:
+            The model that was given, smaller.
+
+        Raises:
+            MaskpropError: see the errors of the stages; the model is then as it was.
+        """
+        with prune_masks_removed(self.model) if self._own_masks else nullcontext():
+            self.initialize_speedup()
+            self.infer_modules_masks()
+            self.replace_compressed_modules()
+        return self.model
+
+    def initialize_speedup(self) -> None:
+        """Trace the model and hand the masks to the inference.
+
+        Raises:
+            DummyInputError: the model does not run on the dummy input.
+            TraceError: its calls could not be recorded.
+            NonFiniteError: a masked parameter holds nan or infinity.
+        """
         with self._stage("trace"):
-            graph = trace(self.model, self.inputs, self.tracer)
-        masks = {graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
-        masks = {k: v for k, v in masks.items()}
+            self.graph = trace(self.model, self.inputs, self.tracer)
+            insert_activation_masks(self.graph, self.model, self.masks.activations)
+        masks = {self.graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
+        for name in masks:
+            tensor = tensor_of(self.model, name)
+            if not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
+                raise NonFiniteError(f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its input. Repair the weights first; the model is unchanged.")
+        self.inference = Inference(self.graph, masks, self.inference_mode)
+
+    def infer_modules_masks(self) -> None:
+        """Both sweeps, to a fixed point. :attr:`facts` then holds what is known and needed of every value."""
         with self._stage("infer"):
-            inference = Inference(graph, masks, self.inference_mode)
-            inference.run()
+            self._inferred().run()
+
+    def update_direct_sparsity(self, node: fx.Node) -> None:
+        """Derive what is known of one node's value from its inputs (nodes: ``speedup.graph.nodes``)."""
+        self._inferred().update_direct(node)
+
+    def update_indirect_sparsity(self, node: fx.Node) -> None:
+        """Tell one node's inputs which of their elements its needed elements depend on."""
+        self._inferred().update_indirect(node)
+
+    def replace_compressed_modules(self) -> None:
+        """Solve for what leaves, rewrite the modules, and verify.
+
+        Raises:
+            RewriteError: the model's forward cannot be made to follow any plan.
+            VerifyError: the compact model computes something else.
+        """
+        inference = self._inferred()
         with self._stage("align"):
             alignment = align(inference, self.constants, self.channel_multiple)
-        reference = None
-        if self.verify:
-            with self._stage("verify"):
-                batches = [self.inputs, fresh_inputs(self.inputs, self.generator)]
-                reference = Reference(graph, masked_state(graph, masks), batches)
-        edits = Edits(self.model)
+        on_meta = any(p.is_meta for p in self.model.parameters())
+        reference = None if on_meta or not self.verify else self._reference()
+        before = Snapshot(self.model)
+        self._edits = edits = Edits(self.model)
+        repair = Repair(edits, self.graph, inference, inference.masks, self.inputs, self.constants, self.channel_multiple, self._customize)
         try:
             with self._stage("rewrite"):
-                repair = Repair(edits, graph, inference, masks, self.inputs, self.constants, self.channel_multiple)
-                alignment = repair.run(alignment)
-                self.report.repair = repair
+                self.alignment = alignment = repair.run(alignment)
+                if not alignment.plan.empty:
+                    edits.set_attribute(self.model, RECORD, new_record(self.model, before, alignment.plan))
             if reference is not None:
-                with self._stage("verify"):
-                    check = reference.compare(self.model)
-                    if not check.passed and self.constants == "exact":
-                        raise VerifyError(f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance {check.tolerance:.1e}). The model is unchanged.")
-                    self.report.check = check
+                self._compare(reference)
         except BaseException:
             edits.rollback()
             raise
-        self.report.plan = alignment.plan
+        finally:
+            self._edits = None
+        self.explainer = Explainer(inference, alignment, inference.masks)
+        self.report.fill(before, self.model, self.explainer, repair)
+
+    # -- what replacers may use -----------------------------------------------------------------
+
+    @property
+    def facts(self) -> Facts:
+        """What the inference found.
+
+        Raises:
+            StageError: the model was not traced yet.
+        """
+        return self._inferred().facts
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is or was carried out.
+
+        Raises:
+            StageError: nothing was solved yet.
+        """
+        if not hasattr(self, "alignment"):
+            raise StageError("the plan was asked for before it was made. Call speedup_model() or replace_compressed_modules() first.")
+        return self.alignment.plan
+
+    def masks_of(self, path: str) -> LeafMasks:
+        """``(input_masks, output_mask, weight_masks)`` of a module: 0/1 floats of the full shapes, 0 where a unit leaves."""
+        return leaf_masks(self.graph, self.alignment, path)
+
+    def replace_module(self, path: str, module: nn.Module) -> None:
+        """Put a user's module at ``path``; nothing below it is rewritten otherwise. For replacers.
+
+        Raises:
+            StageError: called outside a replacer.
+        """
+        if self._edits is None:
+            raise StageError("replace_module was called outside a replacer. Call it from replace_modules(speedup).")
+        self._edits.set_module(path, module)
+        self._customs.taken.append(path)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _inferred(self) -> Inference:
+        if not hasattr(self, "inference"):
+            raise StageError("the model was not traced yet. Call initialize_speedup() first, or speedup_model() for everything.")
+        return self.inference
+
+    def _customize(self, alignment: Alignment) -> tuple[Plan, list[str]]:
+        assert self._edits is not None
         self.alignment = alignment
-        return self.model
+        return self._customs.apply(self, self._edits, self.graph, alignment), list(self._customs.taken)
+
+    def _reference(self) -> Reference:
+        with self._stage("verify"):
+            batches = [self.inputs, fresh_inputs(self.inputs, self.generator)]
+            reference = Reference(self.graph, masked_state(self.graph, self.inference.masks), batches)
+            reference.require_finite()
+        for name in reference.constant_outputs():
+            warnings.warn(f"{name} of the masked model does not vary with the input (is a last layer zero?), so comparing it proves nothing.", UnverifiedWarning, stacklevel=4)
+        return reference
+
+    def _compare(self, reference: Reference) -> None:
+        """Raises: VerifyError: the outputs differ, and the constants were to be exact."""
+        with self._stage("verify"):
+            check = reference.compare(self.model)
+        self.report.check = check
+        if check.passed or self.constants != "exact":
+            return
+        where = first_difference(self.graph, masked_state(self.graph, self.inference.masks), self.alignment, self.model, self.inputs)
+        raise VerifyError(
+            f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance {check.tolerance:.1e}){where}. The model is unchanged. "
+            "Please report it with the model; leave out the masks of that module, or pass verify=False if you know better."
+        )
+
+    def explain(self, name: str, axis: int = 0) -> Explanation:
+        """Why each unit of a parameter left or stayed.
+
+        Args:
+            name: of a parameter, or of a module (its weight is then meant).
+            axis: of the parameter; 0 holds the outputs of most layers.
+
+        Raises:
+            OptionError: the model has no such parameter or axis.
+            StageError: nothing has been sped up yet.
+        """
+        if self.report.plan is None:
+            raise StageError("explain was called before speedup_model. Call speedup_model first.")
+        return self.explainer.explain(name, axis)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -53,7 +53,7 @@ def align(inference: Inference, constants: str = "exact", channel_multiple: int 
     """
     c = couple(inference, constants)
     c.pins += extra_pins
-    states = {str(n.target): n for n in inference.graph.fx.nodes if n.op == "get_attr"}
+    states = {str(n.target): n for n in inference.graph.fx.nodes if n.op == "get_attr" and not {"lifted", "inserted"} & n.meta.keys()}
     owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]

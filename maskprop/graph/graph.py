@@ -44,6 +44,7 @@ class Graph:
         mutated: buffers that ``forward`` writes to.
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
+        results: what that call returned, likewise.
     """
 
     fx: fx.Graph
@@ -54,6 +55,7 @@ class Graph:
     mutated: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:

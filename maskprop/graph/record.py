@@ -55,7 +55,9 @@ class Recorder(TorchDispatchMode):
             self._calls += 1
             path = self._paths.get(id(module), self._stack[-1][0])
             self.last_path = path
-            self._note_call(path, args, kwargs)
+            first = path not in self.graph.calls
+            if first:
+                self.graph.calls[path] = self._nodes_of((args, kwargs))
             self._stack.append((path, self._calls))
             self._types.append(type(module))
             try:
@@ -64,6 +66,8 @@ class Recorder(TorchDispatchMode):
                 self._stack.pop()
                 self._types.pop()
             self.last_path = self._stack[-1][0]
+            if first:
+                self.graph.results[path] = self._nodes_of(result)
             return result
 
         nn.Module.__call__ = recorded  # type: ignore[method-assign, assignment]
@@ -72,11 +76,10 @@ class Recorder(TorchDispatchMode):
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
 
-    def _note_call(self, path: str, args: Any, kwargs: dict[str, Any]) -> None:
-        """Keep the arguments of a module's first call, with nodes in place of tensors."""
-        if path not in self.graph.calls:
-            with torch.utils._python_dispatch._disable_current_modes():
-                self.graph.calls[path] = map_tensors((args, kwargs), self._node)
+    def _nodes_of(self, value: Any) -> Any:
+        """The same structure with nodes in place of tensors."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            return map_tensors(value, self._node)
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         node = self.graph.fx.placeholder(name)
@@ -88,7 +91,7 @@ class Recorder(TorchDispatchMode):
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
         for node in reversed(self.graph.fx.nodes):
-            if not node.users and (node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem):
+            if not node.users and (not node.all_input_nodes or "implied" in node.meta or node.target is operator.getitem) and node.op in ("get_attr", "call_function"):
                 self.graph.fx.erase_node(node)
         for name, saved in self._saved.items():
             self.graph.state[name].copy_(saved)
@@ -201,6 +204,8 @@ class Recorder(TorchDispatchMode):
             self.graph.state.setdefault(name, owner)
             node = self.graph.fx.create_node("get_attr", name, (), {}, name="p_" + name.replace(".", "_"))
             self._states[name] = self._tag(node, TensorMeta.of(tensor))
+            if name.startswith("_constant"):
+                node.meta["lifted"] = True
         return self._bind(tensor, node)
 
     def _bind(self, tensor: Tensor, node: fx.Node, parent: Value | None = None, view: fx.Node | None = None, index: int | None = None) -> Value:

@@ -146,6 +146,8 @@ class Inference:
     def _state_fact(self, name: str) -> Fact:
         tensor = self.graph.state[name]
         mask = self.masks.get(name)
+        if mask is None and name.startswith("_activation_mask"):
+            return Fact.of_value(as_double(tensor).cpu())
         if mask is None:
             return Fact.constant(tensor.ndim, lambda: tensor.detach().cpu())
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)

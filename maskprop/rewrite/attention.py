@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskprop.align.plan import Plan
-from maskprop.graph.graph import Graph
 from maskprop.rewrite.edits import Edits
 
 
@@ -107,7 +106,7 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, float("-inf"))
 
 
-def replace_attention(edits: Edits, plan: Plan, graph: Graph) -> list[str]:
+def replace_attention(edits: Edits, plan: Plan) -> list[str]:
     """Give every ``nn.MultiheadAttention`` whose projections shrank a forward that can express it.
 
     Returns:

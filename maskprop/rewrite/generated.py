@@ -22,11 +22,19 @@ def generated_class(base: type, source: str, objects: dict[str, Any]) -> type:
         objects: what the global names in the source refer to; modules and importable functions.
     """
     imports = tuple(sorted((name, _address(value)) for name, value in objects.items() if _address(value) is not None))
-    return _build(base, source, imports)
+    return build_class(base, source, imports)
+
+
+Imports = tuple[tuple[str, tuple[str, str]], ...]
+
+
+def build_class(base: type, source: str, imports: Imports) -> type:
+    """As :func:`generated_class`, from names and where each is imported from: what a pickle or a saved plan holds."""
+    return _build(getattr(base, "generated_from", base), source, imports)
 
 
 @functools.lru_cache(maxsize=None)
-def _build(base: type, source: str, imports: tuple[tuple[str, tuple[str, str]], ...]) -> type:
+def _build(base: type, source: str, imports: Imports) -> type:
     scope: dict[str, Any] = {"torch": torch, "math": math, "operator": operator, "inf": math.inf, "nan": math.nan, "device": torch.device}
     for name, (module, attribute) in imports:
         scope[name] = _find(module, attribute)
@@ -42,12 +50,14 @@ def _build(base: type, source: str, imports: tuple[tuple[str, tuple[str, str]], 
         "__module__": base.__module__,
         "__reduce_ex__": __reduce_ex__,
         "forward": forward,
+        "generated_from": base,
         "generated_source": source,
+        "generated_imports": imports,
     }
     return type(base.__name__, (base,), members)
 
 
-def _rebuild(base: type, source: str, imports: tuple[tuple[str, tuple[str, str]], ...]) -> nn.Module:
+def _rebuild(base: type, source: str, imports: Imports) -> nn.Module:
     module = object.__new__(_build(base, source, imports))
     assert isinstance(module, nn.Module)
     return module

@@ -8,14 +8,14 @@ forward for the module; pin the units of that op and solve again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
 
 from maskprop.align.align import Alignment, align
-from maskprop.align.plan import AttributeChange
+from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import RewriteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.trace import Inputs
@@ -42,7 +42,8 @@ class Repair:
         graph, inference: of the dense model.
         masks: by tensor name.
         inputs: the dummy input.
-        constants, channel_multiple: see :func:`maskprop.align.align.align`.
+            constants, channel_multiple: see :func:`maskprop.align.align.align`.
+        customize: applies users' replacements; returns the plan that is left and the paths they took over.
         generated: paths of the modules that got a generated forward, with the reason.
         pinned: why units were kept after a solve.
     """
@@ -54,6 +55,7 @@ class Repair:
     inputs: Inputs
     constants: str = "exact"
     channel_multiple: int = 1
+    customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
@@ -72,10 +74,12 @@ class Repair:
         for _ in range(MAX_SOLVES):
             self.generated.clear()
             self.replaced.clear()
-            apply_plan(self.edits, alignment.plan, self.masks)
+            plan, taken = (alignment.plan, []) if self.customize is None else self.customize(alignment)
+            masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
+            apply_plan(self.edits, plan, masks)
             if alignment.plan.empty:
                 return alignment
-            self.replaced += replace_attention(self.edits, alignment.plan, self.graph)
+            self.replaced += taken + replace_attention(self.edits, plan)
             mismatch = self._mend(alignment)
             if mismatch is None:
                 return alignment

@@ -79,7 +79,7 @@ class Replay:
         found = []
         for n in nodes:
             shapes, source = (self.shapes[n], self._input_shape(n)) if dense else (_shapes(n), _in_shape(n))
-            if n.target not in _LAYOUT and not self._idle(shapes, source, n) and not self._inside_replaced(n):
+            if n.target not in _LAYOUT and "inserted" not in n.meta and not self._idle(shapes, source, n) and not self._inside_replaced(n):
                 found.append(n)
         return found
 

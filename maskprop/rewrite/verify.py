@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from maskprop.graph.graph import Graph
+from maskprop.align.align import Alignment
+from maskprop.errors import NonFiniteError
+from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state
-from maskprop.rewrite.reference import reference_outputs
+from maskprop.graph.trace import Inputs, frozen_state, trace_partial
+from maskprop.rewrite.reference import reference_outputs, run_graph
+from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,15 @@ class Reference:
                     worst = check
         return worst
 
+    def require_finite(self) -> None:
+        """Raises: NonFiniteError: an output of the masked model is nan, so that nothing can be compared."""
+        for path, output in ((p, t) for one in self.outputs for p, t in zip(self.paths, one, strict=True)):
+            if output.is_floating_point() and bool(output.isnan().any()):
+                raise NonFiniteError(
+                    f"output '{path}' of the masked model holds nan on the dummy or a random input, so the result cannot be checked. "
+                    "The model is unchanged. Give a dummy input that the model can handle, or pass verify=False."
+                )
+
     def constant_outputs(self) -> list[str]:
         """Outputs that do not vary: no comparison on them proves anything."""
         found = []
@@ -96,6 +108,30 @@ class Reference:
             if values[0].is_floating_point() and all(v.numel() > 1 and bool((v == v.flatten()[0]).all()) for v in values):
                 found.append(path or "the output")
         return found
+
+
+def first_difference(graph: Graph, state: Mapping[str, Tensor], alignment: Alignment, model: nn.Module, inputs: Inputs) -> str:
+    """Where the compact model first departs from the masked one, in words; empty if that cannot be told."""
+    replay = Replay(graph, alignment)
+    compact, error, _ = trace_partial(model, inputs, graph.concrete)
+    if error is not None:
+        return ""
+    tensors = [t for _, t in tensors_in(inputs)]
+    wanted = set(replay.significant(replay.ops, dense=True))
+    actual = set(replay.significant([n for n in compact.fx.nodes if is_op(n)], dense=False))
+    dense_values = ((n, v) for n, v in run_graph(graph, state, tensors) if n in wanted)
+    compact_values = ((n, v) for n, v in run_graph(compact, compact.state, tensors) if n in actual)
+    for (node, expected), (other, got) in zip(dense_values, compact_values, strict=False):
+        if not isinstance(expected, Tensor) or not isinstance(got, Tensor) or node.target is not other.target:
+            continue
+        kept = torch.ones((1,) * expected.ndim, dtype=torch.bool)
+        for labels in alignment.coupling.labels_of(node):
+            if labels is not None:
+                kept = kept & ~torch.from_numpy(alignment.solution.leaves(labels))
+        part = expected[kept.expand(expected.shape)]
+        if part.numel() != got.numel() or not _check("", got.reshape(-1), part).passed:
+            return f", first at {node.target} in '{node.meta['path']}'"
+    return ""
 
 
 def _check(path: str, actual: Tensor, expected: Tensor) -> Check:

@@ -1,0 +1,361 @@
+"""Why a unit left or stayed, with the path through the dependency graph that decided it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from maskprop.align.align import Alignment
+from maskprop.errors import OptionError
+from maskprop.graph.graph import is_op, shape_of
+from maskprop.infer.coupling import Labels, Pin
+from maskprop.infer.facts import Fact
+from maskprop.infer.sweep import Inference
+from maskprop.reasons import Explanation, Kept, Reason
+
+
+@dataclass
+class Explainer:
+    """Answers questions about a solved alignment.
+
+    Attributes:
+        inference: after its sweeps.
+        alignment: the one that was carried out.
+        masks: by tensor name, broadcastable.
+    """
+
+    inference: Inference
+    alignment: Alignment
+    masks: Mapping[str, Tensor]
+    _cache: dict[int, tuple[Reason, ...]] = field(default_factory=dict)
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def explain(self, name: str, axis: int = 0) -> Explanation:
+        """Reasons for every unit of an axis.
+
+        Args:
+            name: of a parameter, or of a module (its weight is then meant).
+            axis: of the parameter; 0 holds the outputs of most layers.
+
+        Raises:
+            OptionError: the model has no such parameter in use, or the parameter no such axis.
+        """
+        parameter = self._parameter(name)
+        node = self.alignment.states[parameter]
+        count = len(shape_of(node))
+        if not -count <= axis < count:
+            raise OptionError(
+                f"explain: '{parameter}' has {count} axes, so axis {axis} does not exist. Choose one of "
+                f"0..{count - 1}."
+            )
+        axis %= count
+        return Explanation(
+            parameter, axis, tuple(self._reason(node, axis, i) for i in range(shape_of(node)[axis]))
+        )
+
+    def kept(self) -> list[Kept]:
+        """Every unit that a mask prunes whole and that stayed, units of one parameter and reason together."""
+        found: list[Kept] = []
+        for name, mask in self.masks.items():
+            node = self.alignment.states.get(name)
+            if node is None or not self._is_primary(name):
+                continue
+            for axis, size in enumerate(shape_of(node)):
+                pruned = _whole(mask, len(shape_of(node)), axis, size)
+                groups: dict[Reason, list[int]] = {}
+                for unit in pruned:
+                    reason = self._reason(node, axis, unit)
+                    if not reason.left:
+                        groups.setdefault(reason, []).append(unit)
+                found += [Kept(name, axis, tuple(units), reason) for reason, units in groups.items()]
+        return found
+
+    def _parameter(self, name: str) -> str:
+        states, aliases = self.alignment.states, self.inference.graph.aliases
+        for candidate in (name, f"{name}.weight" if name else "weight"):
+            resolved = aliases.get(candidate, candidate)
+            if resolved in states:
+                return resolved
+        inside = [s for s in states if s.startswith(f"{name}.")]
+        if inside:
+            raise OptionError(
+                f"explain: '{name}' has no weight of its own. Name one of its parameters, such as "
+                f"'{inside[0]}'."
+            )
+        known = ", ".join(f"'{s}'" for s in list(states)[:4])
+        raise OptionError(
+            f"explain: no parameter or module '{name}' takes part in the forward pass. It has {known}, and "
+            f"so on."
+        )
+
+    def _is_primary(self, name: str) -> bool:
+        """A bias is pruned along with its weight and is not counted apart."""
+        node = self.alignment.states[name]
+        path = name.rpartition(".")[0]
+        return len(shape_of(node)) > 1 or f"{path}.weight".lstrip(".") in (
+            name,
+            *(() if path else ("weight",)),
+        )
+
+    # -- one unit -------------------------------------------------------------------------------
+
+    def _reason(self, node: fx.Node, axis: int, unit: int) -> Reason:
+        labels = self.alignment.coupling.labels_of(node)[axis]
+        if labels is None:
+            return Reason(False, "this axis never shrinks")
+        groups = np.unique(self.alignment.solution.groups_of(labels).take(unit, axis))
+        removed = self.alignment.solution.removed[groups]
+        group = int(groups[0] if removed.all() else groups[~removed][0])
+        key = group * len(self.inference.graph.fx.nodes) + self._order[node]
+        if key not in self._cache:
+            self._cache[key] = (self._left(group) if removed.all() else self._stayed(node, group),)
+        return self._cache[key][0]
+
+    def _stayed(self, node: fx.Node, group: int) -> Reason:
+        chain, restored = self._cause(group)
+        if restored:
+            return Reason(False, restored)
+        carriers = {n for g in chain for n in self._carriers(g)}
+        route, pin = self._nearest(node, self._pins[chain[-1]], carriers)
+        sink = self._nodes[pin.node]
+        writers = tuple(dict.fromkeys(self._writers(chain[-1], sink)))
+        own = str(node.target).rpartition(".")[0]
+        text = self._sentence(pin, sink, writers, own, self._meeting(route, chain[-1]))
+        return Reason(False, text, _place(sink), writers, _places(route))
+
+    @staticmethod
+    def _sentence(pin: Pin, sink: fx.Node, writers: tuple[str, ...], own: str, join: fx.Node | None) -> str:
+        if pin.live:
+            end = f"'{_place(sink)}' reads it"
+        elif sink.op == "output" or str(sink.target) in pin.reason:
+            end = f"it {pin.reason}"
+        else:
+            end = f"it {pin.reason} ({_op_name(sink)} in '{_place(sink)}')"
+        others = [w for w in writers if w != own]
+        if own in writers or not others:
+            return end
+        names = " and ".join(f"'{w}'" for w in others[:3])
+        if join is None:
+            return f"it holds what {names} put there, and {end}"
+        return f"it meets {names} at {_op_name(join)} in '{_place(join)}', where it is live, and {end}"
+
+    def _meeting(self, route: list[fx.Node], group: int) -> fx.Node | None:
+        """The first op on a route where something live joins the unit."""
+        on_route = set(route)
+        return next(
+            (
+                n
+                for n in route[:-1]
+                if is_op(n) and any(s not in on_route and self._is_live(s, group) for s in n.all_input_nodes)
+            ),
+            None,
+        )
+
+    def _cause(self, group: int) -> tuple[list[int], str]:
+        """The chain of groups that leads from one to a pinned one, or to one that was restored, and why it was."""
+        s = self.alignment.solution
+        queue, seen = deque([[group]]), {group}
+        while queue:
+            chain = queue.popleft()
+            last = chain[-1]
+            if last in self._pins:
+                return chain, ""
+            if last in s.restored:
+                return chain, s.restored[last]
+            for follower in self._holders(last):
+                if follower not in seen:
+                    seen.add(follower)
+                    queue.append([*chain, follower])
+        return [group], "nothing that is understood allows it to leave"
+
+    def _holders(self, group: int) -> Iterator[int]:
+        """Groups that keep this one: a row is kept by its outer and inner unit, and those by rows that may not leave."""
+        s = self.alignment.solution
+        t = s.triples
+        if not len(t):
+            return
+        for _, outer, inner in t[t[:, 0] == group]:
+            yield from (int(outer), int(inner))
+        for row, _, _ in t[(t[:, 1] == group) | (t[:, 2] == group)]:
+            if not s.may[row]:
+                yield int(row)
+
+    def _left(self, group: int) -> Reason:
+        readers: dict[str, list[str]] = {}
+        for text, name in self._landing(group):
+            if name not in readers.setdefault(text, []):
+                readers[text].append(name)
+        parts = [text.format(" and ".join(f"'{n}'" for n in names)) for text, names in readers.items()]
+        return Reason(True, "; ".join(parts) or "its whole outer unit (a head, a group) leaves")
+
+    def _landing(self, group: int) -> Iterator[tuple[str, str]]:
+        """What becomes of the unit at every op that reads it."""
+        carriers = self._carriers(group)
+        for value in carriers:
+            if value.op != "get_attr":
+                for reader in value.users:
+                    if reader not in carriers and is_op(reader):
+                        yield self._landing_at(value, reader, group), _place(reader)
+
+    def _landing_at(self, value: fx.Node, reader: fx.Node, group: int) -> str:
+        where, fact = self._elements(value, group), self._fact(value)
+        if where is None or fact is None:
+            return "it is not needed at {}"
+        if bool((fact.zero | ~where).all()):
+            return "it is zero for every input at {}"
+        if bool((fact.known | ~where).all()):
+            place = next((k.place for k in self.alignment.coupling.contractions if k.op.node is reader), None)
+            if place == "bias":
+                return "it is a constant, now part of the bias behind {}"
+            if place == "carrier":
+                return "it is a constant, which the constant unit that stays carries for {}"
+            return "it is a constant that is not needed at {}"
+        return "the weights of {} that read it are zero"
+
+    # -- the graph ------------------------------------------------------------------------------
+
+    @cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return {n.name: n for n in self.inference.graph.fx.nodes}
+
+    @cached_property
+    def _order(self) -> dict[fx.Node, int]:
+        return {n: i for i, n in enumerate(self.inference.graph.fx.nodes)}
+
+    @cached_property
+    def _dependencies(self) -> nx.DiGraph:
+        return self.inference.graph.dependencies()
+
+    @cached_property
+    def _pins(self) -> dict[int, list[Pin]]:
+        """The pins of every group that has some."""
+        found: dict[int, list[Pin]] = {}
+        for pin in self.alignment.coupling.pins:
+            for group in np.unique(self.alignment.solution.groups_of(pin.labels)).tolist():
+                found.setdefault(group, []).append(pin)
+        return found
+
+    @cached_property
+    def _groups(self) -> dict[fx.Node, list[NDArray[np.int64]]]:
+        """The distinct groups on the axes of every value."""
+        s = self.alignment.solution
+        found = {}
+        for node, labels in self.alignment.coupling.labels.items():
+            arrays = [a for part in _parts(labels) for a in part if a is not None]
+            found[node] = [np.unique(s.groups_of(a)) for a in arrays]
+        return found
+
+    def _carriers(self, group: int) -> dict[fx.Node, None]:
+        """Values with the group on one of their axes, in order."""
+        found = [n for n, arrays in self._groups.items() if any(_contains(a, group) for a in arrays)]
+        return dict.fromkeys(sorted(found, key=self._order.__getitem__))
+
+    def _nearest(
+        self, source: fx.Node, pins: list[Pin], carriers: Iterable[fx.Node]
+    ) -> tuple[list[fx.Node], Pin]:
+        """The pin nearest to a parameter, and the way there through values that carry the unit."""
+        sinks = {pin.node: pin for pin in reversed(pins)}
+        nodes = {n.name for n in carriers} | {source.name, *sinks}
+        nodes |= {
+            u.name for n in carriers for u in n.users if sum(s in carriers for s in u.all_input_nodes) > 1
+        }
+        view = self._dependencies.subgraph(nodes).to_undirected(as_view=True)
+        routes = nx.single_source_shortest_path(view, source.name)
+        reached = [name for name in sinks if name in routes]
+        if not reached:
+            return [], pins[0]
+        best = min(reached, key=lambda name: len(routes[name]))
+        return [self._nodes[name] for name in routes[best]], sinks[best]
+
+    def _writers(self, group: int, sink: fx.Node) -> Iterator[str]:
+        """Modules that write what varies into the unit, walking back from where it is read."""
+        stack, seen = [n for n in sink.all_input_nodes if self._is_live(n, group)], set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            before = [n for n in node.all_input_nodes if self._is_live(n, group)]
+            if not before:
+                yield _place(node)
+            stack += before
+
+    def _is_live(self, node: fx.Node, group: int) -> bool:
+        if node.op == "get_attr":
+            return False
+        if isinstance(node.meta.get("tensor"), tuple):
+            return any(_contains(a, group) for a in self._groups.get(node, []))
+        where, fact = self._elements(node, group), self._fact(node)
+        return where is not None and fact is not None and bool((where & ~fact.known).any())
+
+    def _fact(self, node: fx.Node) -> Fact | None:
+        fact = self.inference.facts.known.get(node)
+        return fact if isinstance(fact, Fact) else None
+
+    def _elements(self, node: fx.Node, group: int) -> Tensor | None:
+        """Elements of a value that belong to the group, broadcastable; ``None`` if there are none."""
+        found: Tensor | None = None
+        labels = self.alignment.coupling.labels.get(node)
+        if labels is None or isinstance(labels, tuple):
+            return None
+        for array in labels:
+            if array is not None:
+                part = torch.from_numpy(self.alignment.solution.groups_of(array) == group)
+                if bool(part.any()):
+                    found = part if found is None else found | part
+        return found
+
+
+def _whole(mask: Tensor, ndim: int, axis: int, size: int) -> list[int]:
+    """Units along an axis of which the mask prunes every element."""
+    pruned = ~mask.bool().cpu().reshape((1,) * (ndim - mask.ndim) + tuple(mask.shape))
+    for other in range(ndim):
+        if other != axis:
+            pruned = pruned.all(other, keepdim=True)
+    flat = pruned.reshape(-1).expand(size) if pruned.numel() == 1 else pruned.reshape(-1)
+    return [int(i) for i in flat.nonzero()[:, 0]]
+
+
+def _parts(labels: Any) -> tuple[Labels, ...]:
+    return labels if isinstance(labels, tuple) else (labels,)
+
+
+def _contains(groups: NDArray[np.int64], group: int) -> bool:
+    at = int(np.searchsorted(groups, group))
+    return at < len(groups) and int(groups[at]) == group
+
+
+def _places(route: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The modules along a route, each once in a row, with the op where values meet."""
+    found: list[str] = []
+    for node in route:
+        if is_op(node) or node.op == "output":
+            meets = sum(s.op != "get_attr" for s in node.all_input_nodes) > 1 and is_op(node)
+            place = f"{_place(node)} ({_op_name(node)})" if meets else _place(node)
+            if not found or found[-1] != place:
+                found.append(place)
+    return tuple(found)
+
+
+def _place(node: fx.Node) -> str:
+    """The module that an op belongs to, for people."""
+    return (
+        "output"
+        if node.op == "output"
+        else str(node.meta.get("path", "")) or str(getattr(node.meta.get("module"), "__name__", "model"))
+    )
+
+
+def _op_name(node: fx.Node) -> str:
+    """``add`` for ``aten.add.Tensor``."""
+    return str(node.target).split(".")[1] if is_op(node) else str(node.target)

@@ -1,0 +1,114 @@
+"""Users' own replacers (hyper-modules) and replace functions (leaves), with NNI's signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from maskprop.align.align import Alignment
+from maskprop.align.plan import Plan
+from maskprop.errors import ReplaceError
+from maskprop.graph.graph import Graph, shape_of
+from maskprop.rewrite.edits import Edits
+
+if TYPE_CHECKING:
+    from maskprop.speedup import ModelSpeedup
+
+LeafMasks = tuple[list[Tensor], Any, dict[str, Tensor]]
+ReplaceFunction = Callable[[nn.Module, LeafMasks], nn.Module]
+
+
+class Replacer(Protocol):
+    """Rewrites hyper-modules: calls ``speedup.replace_module(path, module)`` for each that it takes over."""
+
+    def replace_modules(self, speedup: ModelSpeedup) -> None:
+        """Look at ``speedup.model``, ``speedup.plan`` and ``speedup.masks_of(path)``; replace what you know."""
+
+
+class Customs:
+    """Applies the users' replacements of one speedup.
+
+    Args:
+        replacers: called first, in order.
+        functions: replace functions by module type, or by its class name as in NNI.
+    """
+
+    def __init__(self, replacers: Sequence[Replacer], functions: Mapping[type | str, ReplaceFunction]) -> None:
+        self.replacers, self.functions = tuple(replacers), dict(functions)
+        self.taken: list[str] = []
+
+    def apply(self, speedup: ModelSpeedup, edits: Edits, graph: Graph, alignment: Alignment) -> Plan:
+        """Run replacers, then replace functions; the plan without the modules that they took over.
+
+        Raises:
+            ReplaceError: one of them failed, or returned something that is no module.
+        """
+        self.taken.clear()
+        for replacer in self.replacers:
+            try:
+                replacer.replace_modules(speedup)
+            except Exception as error:
+                raise ReplaceError(f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. The model is unchanged.") from error
+        for path, module in list(edits.model.named_modules()):
+            function = self._function(module)
+            if function is None or self.owns(path) or not _shrinks(alignment.plan, path):
+                continue
+            try:
+                new = function(module, leaf_masks(graph, alignment, path))
+            except Exception as error:
+                raise ReplaceError(f"the replace function for {type(module).__name__} failed on '{path}' with {type(error).__name__}: {error}. The model is unchanged.") from error
+            if not isinstance(new, nn.Module):
+                raise ReplaceError(f"the replace function for {type(module).__name__} returned {type(new).__name__} for '{path}'; expected a torch.nn.Module. The model is unchanged.")
+            edits.set_module(path, new)
+            self.taken.append(path)
+        return self._rest(alignment.plan)
+
+    def owns(self, path: str) -> bool:
+        """Whether a module belongs to one that was replaced."""
+        return any(path == t or path.startswith(t + ".") for t in self.taken)
+
+    def _function(self, module: nn.Module) -> ReplaceFunction | None:
+        for kind in type(module).__mro__:
+            if kind in self.functions:
+                return self.functions[kind]
+        return self.functions.get(type(module).__name__)
+
+    def _rest(self, plan: Plan) -> Plan:
+        if not self.taken:
+            return plan
+        return Plan(
+            shapes={k: v for k, v in plan.shapes.items() if not self.owns(k.rpartition(".")[0])},
+            keep={k: v for k, v in plan.keep.items() if not self.owns(k.rpartition(".")[0])},
+            add=[a for a in plan.add if not self.owns(a.name.rpartition(".")[0])],
+            new_bias={k: v for k, v in plan.new_bias.items() if not self.owns(k.rpartition(".")[0])},
+            attributes=list(plan.attributes),
+        )
+
+
+def _shrinks(plan: Plan, path: str) -> bool:
+    return any(name.rpartition(".")[0] == path for name in plan.keep)
+
+
+def leaf_masks(graph: Graph, alignment: Alignment, path: str) -> LeafMasks:
+    """``(input_masks, output_mask, weight_masks)`` of a leaf: 0/1 floats of the full shapes, 0 where a unit leaves."""
+    ops = [n for n in graph.ops if n.meta["path"] == path]
+    inside = set(ops)
+    outside = [s for n in ops for s in n.all_input_nodes if s.op != "get_attr" and s not in inside and s.meta.get("path") != path]
+    inputs = [kept_mask(alignment, n) for n in dict.fromkeys(outside)]
+    results = [n for n in ops if any(u not in inside for u in n.users)]
+    output = kept_mask(alignment, results[-1]) if results and not isinstance(results[-1].meta["tensor"], tuple) else None
+    dot = path + "." if path else ""
+    weights = {name.removeprefix(dot): kept_mask(alignment, node) for name, node in alignment.states.items() if name.rpartition(".")[0] == path}
+    return inputs, output, weights
+
+
+def kept_mask(alignment: Alignment, node: fx.Node) -> Tensor:
+    """1.0 where an element of a recorded value stays."""
+    mask = torch.ones((1,) * len(shape_of(node)), dtype=torch.bool)
+    for labels in alignment.coupling.labels_of(node):
+        if labels is not None:
+            mask = mask & ~torch.from_numpy(alignment.solution.leaves(labels))
+    return mask.expand(shape_of(node)).float()

@@ -1,0 +1,292 @@
+"""What a speedup changed, as data: enough to make the dense architecture compact again without tracing it.
+
+The changes are found by comparing the model after the rewrite with a :class:`Snapshot` from before it, so
+that nothing depends on which repair or replace function made them. The *record* of a model is a JSON text on
+its root module; it survives ``copy.deepcopy`` and pickling, costs nothing to copy, and needs no maskprop to
+be unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprop.align.plan import Plan
+from maskprop.errors import ArchitectureError, LoadError, PlanError
+from maskprop.rewrite.apply import apply_tensors
+from maskprop.rewrite.attention import CompactMultiheadAttention
+from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.generated import build_class
+from maskprop.rewrite.vetting import vet
+
+RECORD = "_maskprop_record"
+FORMAT = 1
+
+# Classes of maskprop's own that a module may be turned into.
+_CLASSES: dict[str, type[nn.Module]] = {"CompactMultiheadAttention": CompactMultiheadAttention}
+_INTERNAL = set(nn.Module().__dict__) | {RECORD}
+
+
+class Snapshot:
+    """Classes, attributes and tensor shapes of a model before a speedup."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.architecture = architecture(model)
+        self.modules = dict(model.named_modules())
+        self.classes = {path: type(m) for path, m in self.modules.items()}
+        self.attributes = {path: _attributes(m) for path, m in self.modules.items()}
+        self.shapes = dict(_own_shapes(model))
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.bytes = count_bytes(model)
+
+    def changes(self, model: nn.Module) -> dict[str, ModuleChange]:
+        """What is different now, by module path."""
+        found: dict[str, ModuleChange] = {}
+        now = dict(model.named_modules())
+        for path in [p for p in self.modules if p not in now]:
+            found[path] = ModuleChange(obstacle="it was removed")
+        for path, module in now.items():
+            change = self._change(path, module)
+            if change != ModuleChange():
+                found[path] = change
+        return found
+
+    def _change(self, path: str, module: nn.Module) -> ModuleChange:
+        if self.modules.get(path) is not module:
+            return ModuleChange(obstacle=f"a {type(module).__name__} was put in its place")
+        change = ModuleChange()
+        if type(module) is not self.classes[path]:
+            change.cls = _describe_class(type(module))
+            if change.cls is None:
+                change.obstacle = f"it was turned into a {type(module).__qualname__}"
+        before = self.attributes[path]
+        for name, value in _attributes(module).items():
+            old = before.get(name, _ABSENT)
+            if old is value or (
+                _is_plain(old) and _is_plain(value) and type(old) is type(value) and old == value
+            ):
+                continue
+            if not _is_plain(value):
+                change.obstacle = f"its attribute '{name}' became a {type(value).__name__}"
+            else:
+                change.attributes[name] = (None if old is _ABSENT else old, value)
+        return change
+
+
+@dataclass
+class ModuleChange:
+    """What a speedup did to one module.
+
+    Attributes:
+        attributes: old and new value by name.
+        cls: the class it was turned into, as data.
+        obstacle: why the change cannot be written down, if so.
+    """
+
+    attributes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    cls: dict[str, Any] | None = None
+    obstacle: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; what is absent is left out."""
+        return {
+            "attributes": {
+                name: [_encode(old), _encode(new)] for name, (old, new) in self.attributes.items()
+            },
+            **({"class": self.cls} if self.cls else {}),
+            **({"obstacle": self.obstacle} if self.obstacle else {}),
+        }
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """The fingerprint of a model: shapes of its parameters and buffers, class and settings of its modules."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "tensors": {name: list(t.shape) for name, t in tensors},
+        "modules": {path: [type(m).__name__, m.extra_repr()] for path, m in model.named_modules()},
+        "torch": _minor(torch.__version__),
+    }
+
+
+def check_architecture(model: nn.Module, expected: dict[str, Any]) -> None:
+    """Compare a dense model with a fingerprint.
+
+    Raises:
+        ArchitectureError: they differ; the message names the first difference.
+    """
+    actual = architecture(model)
+    advice = "Build the dense architecture that was sped up, with the same arguments."
+    same_torch = (
+        expected["torch"] == actual["torch"]
+    )  # other versions may print a module's settings otherwise
+    for path, (kind, settings) in expected["modules"].items():
+        if path not in actual["modules"]:
+            raise ArchitectureError(
+                f"the plan was made for a model with a {kind} at '{path}'; this model has none. {advice}"
+            )
+        got, got_settings = actual["modules"][path]
+        if got != kind or (same_torch and settings != got_settings):
+            raise ArchitectureError(
+                f"the plan was made for {kind}({settings}) at '{path}'; this model has "
+                f"{got}({got_settings}). {advice}"
+            )
+    for name, shape in expected["tensors"].items():
+        found = actual["tensors"].get(name)
+        if found != shape:
+            has = "no such tensor" if found is None else f"shape {tuple(found)}"
+            raise ArchitectureError(
+                f"the plan was made for '{name}' of shape {tuple(shape)}; this model has {has}. {advice}"
+            )
+    extra = [n for n in actual["tensors"] if n not in expected["tensors"]] + [
+        p for p in actual["modules"] if p not in expected["modules"]
+    ]
+    if extra:
+        raise ArchitectureError(
+            f"this model has '{extra[0]}', which the model that the plan was made for does not. {advice}"
+        )
+
+
+def new_record(model: nn.Module, before: Snapshot, plan: Plan) -> str:
+    """The record of a model after one more speedup."""
+    earlier = read_record(model)
+    record = earlier or {"format": FORMAT, "dense": before.architecture, "steps": []}
+    modules = {path: change.to_dict() for path, change in before.changes(model).items()}
+    record["steps"].append({"plan": plan.to_dict(), "modules": modules})
+    return json.dumps(record)
+
+
+def read_record(module: nn.Module) -> dict[str, Any] | None:
+    """The record that speedups left on a module, if any."""
+    text = module.__dict__.get(RECORD)
+    return json.loads(text) if isinstance(text, str) else None
+
+
+def apply_record(model: nn.Module, record: dict[str, Any], trust_code: bool = False) -> None:
+    """Make a dense model, usually on the meta device, as compact as the record says.
+
+    Args:
+        model: changed in place; its values are sliced and get their constants, but no masks are applied.
+        record: what :func:`read_record` gave.
+        trust_code: take generated forwards that call more than torch's own functions.
+
+    Raises:
+        ArchitectureError: the model is not the one that was sped up.
+        LoadError: a generated forward is not safe to run, or the record is damaged.
+        PlanError: a plan in the record is damaged.
+    """
+    if record.get("format") != FORMAT:
+        raise LoadError(
+            f"the plan has format {record.get('format')!r}; this version of maskprop reads format {FORMAT}. "
+            f"Save the model again with this version."
+        )
+    try:
+        check_architecture(model, record["dense"])
+        for step in record["steps"]:
+            _apply_step(Edits(model), step, trust_code)
+        model.__dict__[RECORD] = json.dumps(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, (ArchitectureError, LoadError, PlanError)):
+            raise
+        raise LoadError(
+            f"the plan is damaged: {type(error).__name__}: {error}. Restore the file from where it came."
+        ) from error
+
+
+def _apply_step(edits: Edits, step: dict[str, Any], trust_code: bool) -> None:
+    apply_tensors(edits, Plan.from_dict(step["plan"]), {})
+    for path, change in step["modules"].items():
+        module = edits.model.get_submodule(path)
+        if "class" in change:
+            edits.set_class(module, _build_class(module, path, change["class"], trust_code))
+        for name, (_, new) in change["attributes"].items():
+            edits.set_attribute(module, name, _decode(new))
+
+
+def obstacles(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Module paths, and why what became of them cannot be written down."""
+    for step in record["steps"]:
+        for path, change in step["modules"].items():
+            if "obstacle" in change:
+                yield path, change["obstacle"]
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers, shared ones once."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+# -- classes ------------------------------------------------------------------------------------
+
+
+def _describe_class(cls: type) -> dict[str, Any] | None:
+    members = vars(cls)
+    if "generated_source" in members:
+        return {
+            "source": members["generated_source"],
+            "imports": [[n, list(a)] for n, a in members["generated_imports"]],
+        }
+    return {"name": cls.__name__} if _CLASSES.get(cls.__name__) is cls else None
+
+
+def _build_class(module: nn.Module, path: str, data: dict[str, Any], trust_code: bool) -> type:
+    if "name" in data:
+        return _CLASSES[data["name"]]
+    imports = tuple((name, (home, attribute)) for name, (home, attribute) in data["imports"])
+    children = {
+        part for name, _ in [*module.named_modules(), *module.named_parameters()] for part in name.split(".")
+    }
+    complaint = None if trust_code else vet(data["source"], imports, children)
+    if complaint is not None:
+        raise LoadError(
+            f"the generated forward of '{path}' {complaint}, and loading would run it. "
+            "Read it with `maskprop show`, and pass trust_code=True if you trust where the file came from."
+        )
+    return build_class(type(module), data["source"], imports)
+
+
+# -- plain values -------------------------------------------------------------------------------
+
+
+class _Absent:
+    pass
+
+
+_ABSENT = _Absent()
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+
+
+def _own_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        yield name, tuple(t.shape)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return type(value) in (tuple, list, torch.Size) and all(_is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no tuples."""
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    return [_encode(v) for v in value] if isinstance(value, list) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(_decode(v) for v in value["tuple"])
+    return [_decode(v) for v in value] if isinstance(value, list) else value
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
