@@ -68,6 +68,10 @@ class Fact:
             self._value = as_double(self._value())
         return self._value
 
+    def map(self, move: Callable[[Tensor], Tensor]) -> Fact:
+        """The fact of a moved value; ``move`` takes any tensor that is broadcastable over the value."""
+        return Fact(move(self.known), move(self.zero), lambda: move(self.value()), self.plain)
+
     def with_rows(self, axis: int | None) -> Fact:
         return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis)
 

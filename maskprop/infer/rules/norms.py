@@ -15,7 +15,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels
 from maskprop.infer.facts import Fact, any_over, reduce_to
 from maskprop.infer.op import Op
-from maskprop.infer.rules.contraction import _split_rows, channel_constant
+from maskprop.infer.rules.convolution import _split_rows, channel_constant
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten

@@ -1,18 +1,16 @@
-"""Contractions: mm, addmm, bmm, baddbmm, convolution.
+"""Convolutions.
 
-Algebra, as boolean products over the summed axis k (nz = may be non-zero, known = known):
+Algebra, over the input channels of each group, with the pattern ``nz(w)[o, i]`` of a kernel that is not all zero:
 
-* ``unknown = nz(a) @ nz(b) - (nz(a) & known(a)) @ (nz(b) & known(b)) > 0``;
-* ``needed(a)[m, k] = any_n needed(y)[m, n] & nz(b)[k, n]``;
-* a unit k may leave where every term ``a[m, k] * b[k, n]`` that a needed result reads is a known zero, or where
-  ``a``'s unit is a known constant that a bias or a carrier channel can stand for;
-* rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves.
+* an output is known where every input that it may read is a known constant (zero, at padded borders);
+* ``needed(x)[i] = any_o needed(y)[o] & nz(w)[o, i]``;
+* a channel may leave where no needed output reads it, where it is a known zero, or where it is a known constant
+  that a bias or a carrier channel can stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,166 +19,9 @@ from maskprop.infer.coupling import Contraction, Coupling, Labels
 from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, weight_place
-from maskprop.infer.rules.pointwise import POINTWISE, broadcast_labels
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Operands:
-    """``scale * (a @ b) + bias``, as positions in the op's inputs."""
-
-    a: int
-    b: int
-    bias: int | None = None
-    alpha: float = 1.0
-    beta: float = 1.0
-
-
-@register(
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.mv.default,
-    aten.matmul.default,
-)
-class MatMul(Rule):
-    """Matrix products of two or three axes."""
-
-    def _operands(self, op: Op) -> Operands:
-        name = op.target._schema.name
-        if name == "aten::addmm":
-            return Operands(1, 2, 0, op.arg("alpha", 1), op.arg("beta", 1))
-        if name == "aten::baddbmm":
-            return Operands(1, 2, 0, op.arg("alpha", 1), op.arg("beta", 1))
-        return Operands(0, 1)
-
-    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if all(f.total for f in facts):
-            result = evaluate(op, facts)
-            assert isinstance(result, Fact)
-            return result
-        o = self._operands(op)
-        if op.target in (aten.mv.default, aten.matmul.default):
-            return Fact.unknown(len(op.shape))
-        product = self._product(facts[o.a], facts[o.b], op.shapes[o.a][-1])
-        if o.bias is None:
-            return product
-        bias = facts[o.bias]
-        ndim = len(op.shape)
-        known = product.known & bias.known
-        if not bool(known.any()):
-            return Fact.unknown(ndim)
-        value = torch.where(known, o.alpha * product.value() + o.beta * bias.value(), 0.0)
-        return Fact.of_value(value, known)
-
-    def _product(self, a: Fact, b: Fact, length: int) -> Fact:
-        nz_a, nz_b = ~a.zero, ~b.zero
-        averaged = b.known if a.row_axis == a.known.ndim - 1 and b.known.shape[-2] == 1 else None
-        if averaged is not None and bool(averaged.any()):  # a convex combination of one and the same row
-            return Fact(averaged, b.zero, b.value)
-        # a term is unknown if it may be non-zero and one of its factors is unknown
-        unknown = bool_matmul(nz_a & ~a.known, nz_b) | bool_matmul(nz_a, nz_b & ~b.known)
-        known = ~unknown
-        if not bool(known.any()):
-            return Fact.unknown(known.ndim)
-        zero = ~bool_matmul(nz_a, nz_b)
-        if bool((~known | zero).all()):
-            return Fact(known, known, torch.zeros((1,) * known.ndim, dtype=torch.float64))
-        left = torch.where(a.known, a.value(), 0.0)
-        right = torch.where(b.known, b.value(), 0.0)
-        if left.shape[-1] == 1 and right.shape[-2] == 1:
-            value = left * right * length
-        else:
-            k = max(left.shape[-1], right.shape[-2])
-            value = left.expand(*left.shape[:-1], k) @ right.expand(*right.shape[:-2], k, right.shape[-1])
-        value = torch.where(known & ~zero, value, 0.0)
-        return Fact.of_value(value, known.expand(torch.broadcast_shapes(known.shape, value.shape)))
-
-    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        o = self._operands(op)
-        if op.target in (aten.mv.default, aten.matmul.default):
-            return super().needed(op, facts, needed)
-        a, b, y = facts[o.a], facts[o.b], needed[0]
-        found: list[Tensor] = [y] * len(facts)
-        y = y & ~_constant_average(a, b)
-        found[o.a] = bool_matmul(y, (~b.zero).transpose(-1, -2)) | (
-            bool_matmul(y, b.zero.transpose(-1, -2)) & a.zero
-        )
-        found[o.b] = bool_matmul((~a.zero).transpose(-1, -2), y)
-        if _constant_average(a, b).any():  # the constant rows themselves are still read
-            found[o.b] = found[o.b] | (needed[0] & b.known).any(-2, keepdim=True)
-        if o.bias is not None:
-            found[o.bias] = POINTWISE.needed(_BiasView(op, o.bias), [], needed)[0]  # type: ignore[arg-type]
-        return [_fit(n, shape) for n, shape in zip(found, op.shapes, strict=True)]
-
-    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
-        if op.target in (aten.mv.default, aten.matmul.default):
-            result = super().couple(op, labels, c)
-            assert isinstance(result, list)
-            return result
-        o = self._operands(op)
-        la, lb = labels[o.a], labels[o.b]
-        n = len(la)
-        out: Labels = []
-        if n == 3:
-            out.append(
-                c.equal(c.uniform(la[0], [1, 2]), c.uniform(lb[0], [1, 2]))
-                if la[0] is not None or lb[0] is not None
-                else None
-            )
-        out += [c.uniform(la[-2], [n - 1]), c.uniform(lb[-1], [n - 2])]
-        ka, kb = c.uniform(la[-1], [n - 2]), c.uniform(lb[-2], [n - 1])
-        if ka is not None or kb is not None:
-            turned = None if kb is None else kb.transpose(-1, -2)
-            if c.equal(ka, turned) is not None:
-                assert ka is not None
-                self._terminate(op, o, ka, c)
-        if o.bias is not None:
-            out = broadcast_labels(op.shape, [op.shapes[o.bias], op.shape], [labels[o.bias], out], c)
-        return out
-
-    def _terminate(self, op: Op, o: Operands, labels: Tensor, c: Coupling) -> None:
-        """Which summed units the op lets go."""
-        facts, y = c.facts_of(op), c.needed_of(op)
-        a, b = facts[o.a], facts[o.b]
-        y = y & ~_constant_average(a, b)
-        nz_a, nz_b = ~a.zero, ~b.zero
-        # terms[.., m, k]: some needed result reads a non-zero term through k
-        terms = any_over(bool_matmul(y, nz_b.transpose(-1, -2)) & nz_a, [a.zero.ndim - 2])
-        live = terms.expand(*terms.shape[:-1], op.shapes[o.a][-1]) if terms.shape[-1] == 1 else terms
-        uniform = a.known.ndim == 2 and a.known.shape[0] == 1
-        if not a.total and uniform and bool((a.known & live).any()):
-            foldable = (a.known & live).expand_as(live).reshape(-1)
-            kind = "bias" if bias_place(op.node) else ("carrier" if weight_place(op.inputs[o.b]) else None)
-            if c.constants == "drop":
-                live = live & ~foldable
-            elif kind is not None and a.value().shape[0] == 1:
-                constant = torch.where(foldable, a.value().expand_as(live).reshape(-1), 0.0)
-                c.contractions.append(Contraction(op, labels.reshape(-1), constant, foldable, kind))
-                live = live & ~foldable
-        shape = torch.broadcast_shapes(live.shape, labels.shape)
-        c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
-
-
-class _BiasView:
-    """What ``Pointwise.needed`` reads of an op, for its bias alone."""
-
-    def __init__(self, op: Op, bias: int) -> None:
-        self.shapes = [op.shapes[bias]]
-
-
-def _constant_average(a: Fact, b: Fact) -> Tensor:
-    """Result columns that are a convex combination of equal known rows: broadcastable over the result."""
-    if a.row_axis == a.known.ndim - 1 and b.known.shape[-2] == 1:
-        return b.known
-    return torch.zeros((1,) * b.known.ndim, dtype=torch.bool)
-
-
-def _fit(t: Tensor, shape: Sequence[int]) -> Tensor:
-    return t if t.ndim == len(shape) else t.reshape(t.shape[t.ndim - len(shape) :])
 
 
 @register(aten.convolution.default)
@@ -355,7 +196,7 @@ class Convolution(Rule):
         x, weight = facts[0], facts[1]
         read = self._read_inputs(self._pattern(weight, op), outputs, channels, groups).expand(channels)
         live = read & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
-        if not x.total and c.constants != "drop":
+        if weight.total and not x.total and c.constants != "drop":
             found = _constants(x, live, channels, groups, ragged)
             carrier = ragged or found[0].ndim > 1
             kind = (

@@ -1,0 +1,186 @@
+"""Matrix products: mm, bmm, mv, dot, with or without an added bias.
+
+Algebra, as boolean products over the summed axis k (nz = may be non-zero, known = known):
+
+* ``unknown = nz(a) @ nz(b) - (nz(a) & known(a)) @ (nz(b) & known(b)) > 0``;
+* ``needed(a)[m, k] = any_n needed(y)[m, n] & nz(b)[k, n]``;
+* a unit k may leave where every term ``a[m, k] * b[k, n]`` that a needed result reads is a known zero, or where
+  ``a``'s unit is a known constant that a bias or a carrier can stand for;
+* rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskprop.infer.coupling import Contraction, Coupling, Labels
+from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
+from maskprop.infer.op import Op
+from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.rules.pointwise import broadcast_labels
+from maskprop.infer.rules.registry import Rule, evaluate, register
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operands:
+    """``alpha * (a @ b) + beta * bias``, as positions in the op's inputs.
+
+    Attributes:
+        row: whether ``a`` is a vector: a matrix of one row.
+        column: whether ``b`` is a vector: a matrix of one column.
+    """
+
+    a: int = 0
+    b: int = 1
+    bias: int | None = None
+    row: bool = False
+    column: bool = False
+
+    def lift_a(self, t: Tensor) -> Tensor:
+        """``a``, or labels of it, with its axis of one row."""
+        return t.unsqueeze(-2) if self.row else t
+
+    def lift_b(self, t: Tensor) -> Tensor:
+        """``b``, or labels of it, with its axis of one column."""
+        return t.unsqueeze(-1) if self.column else t
+
+    def lift(self, t: Tensor) -> Tensor:
+        """The result with both."""
+        return self.lift_a(self.lift_b(t))
+
+    def lower(self, t: Tensor) -> Tensor:
+        """The result without them."""
+        t = t.squeeze(-1) if self.column else t
+        return t.squeeze(-1) if self.row else t
+
+
+_OPERANDS = {
+    aten.mm.default: Operands(),
+    aten.bmm.default: Operands(),
+    aten.addmm.default: Operands(1, 2, 0),
+    aten.baddbmm.default: Operands(1, 2, 0),
+    aten.mv.default: Operands(column=True),
+    aten.addmv.default: Operands(1, 2, 0, column=True),
+    aten.dot.default: Operands(row=True, column=True),
+    aten.vdot.default: Operands(row=True, column=True),
+}
+
+
+@register(*_OPERANDS)
+class MatMul(Rule):
+    """Products of matrices, of batches of them, and of vectors."""
+
+    def _factors(self, op: Op, facts: Sequence[Fact]) -> tuple[Operands, Fact, Fact]:
+        o = _OPERANDS[op.target]
+        a, b = facts[o.a], facts[o.b]
+        return o, a.map(o.lift_a) if o.row else a, b.map(o.lift_b) if o.column else b
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        if all(f.total for f in facts):
+            result = evaluate(op, facts)
+            assert isinstance(result, Fact)
+            return result
+        o, a, b = self._factors(op, facts)
+        length = op.shapes[o.a][-1]
+        product = _product(a, b, length).map(o.lower)
+        if o.bias is None:
+            return product
+        bias = facts[o.bias]
+        known = product.known & bias.known
+        if not bool(known.any()):
+            return Fact.unknown(len(op.shape))
+        value = op.arg("alpha", 1) * product.value() + op.arg("beta", 1) * bias.value()
+        return Fact.of_value(torch.where(known, value, 0.0), known)
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        o, a, b = self._factors(op, facts)
+        y = o.lift(needed[0])
+        average = _average(a, b)
+        read = y & ~average
+        zero_b, nz_a = b.zero.transpose(-1, -2), (~a.zero).transpose(-1, -2)
+        found = [needed[0]] * len(facts)
+        # where both factors are zero, one of them has to stay so: the first
+        into_a = bool_matmul(read, ~zero_b) | (bool_matmul(read, zero_b) & a.zero)
+        into_b = bool_matmul(nz_a, read) | any_over(y & average, [y.ndim - 2])
+        found[o.a] = into_a.squeeze(-2) if o.row else into_a
+        found[o.b] = into_b.squeeze(-1) if o.column else into_b
+        if o.bias is not None:
+            found[o.bias] = reduce_to(needed[0], op.shapes[o.bias])
+        return found
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        o = _OPERANDS[op.target]
+        la = [None if x is None else o.lift_a(x) for x in labels[o.a]]
+        lb = [None if x is None else o.lift_b(x) for x in labels[o.b]]
+        la, lb = [*la[:-1], *[None] * o.row, la[-1]], [*lb, *[None] * o.column]
+        n = len(la)
+        batch = [c.equal(c.uniform(la[0], [1, 2]), c.uniform(lb[0], [1, 2]))] if n == 3 else []
+        rows, columns = c.uniform(la[-2], [n - 1]), c.uniform(lb[-1], [n - 2])
+        ka, kb = c.uniform(la[-1], [n - 2]), c.uniform(lb[-2], [n - 1])
+        summed = c.equal(ka, None if kb is None else kb.transpose(-1, -2))
+        if summed is not None:
+            self._terminate(op, summed, c)
+        out = [*batch, *[rows] * (not o.row), *[columns] * (not o.column)]
+        out = [None if x is None else o.lower(x) for x in out]
+        if o.bias is not None:
+            out = broadcast_labels(op.shape, [op.shapes[o.bias], op.shape], [labels[o.bias], out], c)
+        return out
+
+    def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
+        """Which summed units the op lets go."""
+        o, a, b = self._factors(op, c.facts_of(op))
+        read = o.lift(c.needed_of(op)) & ~_average(a, b)
+        # live[.., 1, k]: some needed result reads a term through k that may not be zero
+        live = any_over(bool_matmul(read, (~b.zero).transpose(-1, -2)) & ~a.zero, [a.zero.ndim - 2])
+        live = live.expand(*live.shape[:-1], op.shapes[o.a][-1])
+        constant = a.known & live
+        if c.constants == "drop":
+            live = live & ~a.known
+        elif (
+            b.total and not a.total and len(op.shape) == 2 and constant.shape[0] == 1 and bool(constant.any())
+        ):
+            kind = "bias" if bias_place(op.node) else "carrier" if weight_place(op.inputs[o.b]) else None
+            if kind is not None and a.value().shape[0] == 1:
+                value = torch.where(constant, a.value(), 0.0).reshape(-1)
+                c.contractions.append(Contraction(op, labels.reshape(-1), value, constant.reshape(-1), kind))
+                live = live & ~constant
+        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        c.pin(labels.expand(shape)[live.expand(shape)], "is read here")
+
+
+def _product(a: Fact, b: Fact, length: int) -> Fact:
+    """``a @ b`` over a summed axis of ``length``."""
+    nz_a, nz_b = ~a.zero, ~b.zero
+    average = _average(a, b)
+    # a term is unknown if it may be non-zero and one of its factors is unknown
+    unknown = bool_matmul(nz_a & ~a.known, nz_b) | bool_matmul(nz_a, nz_b & ~b.known)
+    known = average | ~unknown
+    if not bool(known.any()):
+        return Fact.unknown(known.ndim)
+    zero = ~bool_matmul(nz_a, nz_b)
+    if bool((~known | zero).all()):
+        return Fact(known, known, torch.zeros((1,) * known.ndim, dtype=torch.float64))
+    left = torch.where(a.known, a.value(), 0.0)
+    right = torch.where(b.known, b.value(), 0.0)
+    if left.shape[-1] == 1 and right.shape[-2] == 1:
+        value = left * right * length
+    else:
+        value = left.expand(*left.shape[:-1], length) @ right.expand(
+            *right.shape[:-2], length, right.shape[-1]
+        )
+    value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))
+    return Fact.of_value(torch.where(known, value, 0.0), known)
+
+
+def _average(a: Fact, b: Fact) -> Tensor:
+    """Result columns that are a convex combination of one and the same known row: broadcastable over the result."""
+    if a.row_axis != a.known.ndim - 1 or b.nothing or b.known.shape[-2] != 1:
+        return torch.zeros((1,) * b.known.ndim, dtype=torch.bool)
+    value = b.value()
+    return b.known & (value.amax(-2, keepdim=True) == value.amin(-2, keepdim=True))
