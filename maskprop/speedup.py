@@ -15,12 +15,13 @@ from torch import fx, nn
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import Plan
 from maskprop.errors import NonFiniteError, OptionError, StageError, UnverifiedWarning, VerifyError
-from maskprop.explain import Explainer, Explanation
+from maskprop.explain import Explainer
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
 from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
+from maskprop.reasons import Explanation
 from maskprop.report import Report
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
 from maskprop.rewrite.edits import Edits, tensor_of
@@ -177,18 +178,15 @@ class ModelSpeedup:
         self._edits = edits = Edits(self.model)
         repair = Repair(edits, self.graph, inference, inference.masks, self.inputs, self.constants, self.channel_multiple, self._customize)
         try:
-            with self._stage("rewrite"):
-                self.alignment = alignment = repair.run(alignment)
-                if not alignment.plan.empty:
-                    edits.set_attribute(self.model, RECORD, new_record(self.model, before, alignment.plan))
-            if reference is not None:
-                self._compare(reference)
+            self.alignment = self._rewrite(repair, alignment, reference)
+            if not self.plan.empty:
+                edits.set_attribute(self.model, RECORD, new_record(self.model, before, self.plan))
         except BaseException:
             edits.rollback()
             raise
         finally:
             self._edits = None
-        self.explainer = Explainer(inference, alignment, inference.masks)
+        self.explainer = Explainer(inference, self.alignment, inference.masks)
         self.report.fill(before, self.model, self.explainer, repair)
 
     # -- what replacers may use -----------------------------------------------------------------
@@ -249,15 +247,35 @@ class ModelSpeedup:
             warnings.warn(f"{name} of the masked model does not vary with the input (is a last layer zero?), so comparing it proves nothing.", UnverifiedWarning, stacklevel=4)
         return reference
 
-    def _compare(self, reference: Reference) -> None:
-        """Raises: VerifyError: the outputs differ, and the constants were to be exact."""
-        with self._stage("verify"):
-            check = reference.compare(self.model)
-        self.report.check = check
+    def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
+        """Carry the alignment out and compare; without generated forwards where those turn out wrong."""
+        with self._stage("rewrite"):
+            done = repair.run(alignment)
+        problem = None if reference is None else self._compare(reference, repair.edits, done)
+        if problem is not None and repair.generated:
+            log.warning("%s Trying again without generated forwards.", problem)
+            repair.edits.rollback()
+            repair.may_generate = False
+            with self._stage("rewrite"):
+                done = repair.run(alignment)
+            problem = None if reference is None else self._compare(reference, repair.edits, done)
+        if problem is not None:
+            raise problem
+        return done
+
+    def _compare(self, reference: Reference, edits: Edits, alignment: Alignment) -> VerifyError | None:
+        """What the comparison with the masked model says; a difference is no problem where constants need not be exact."""
+        try:
+            with self._stage("verify"):
+                self.report.check = check = reference.compare(self.model)
+        except Exception as error:
+            return VerifyError(f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is unchanged. Please report it with the model.")
         if check.passed or self.constants != "exact":
-            return
-        where = first_difference(self.graph, masked_state(self.graph, self.inference.masks), self.alignment, self.model, self.inputs)
-        raise VerifyError(
+            return None
+        with edits.suspended():
+            state = masked_state(self.graph, self.inference.masks)
+        where = first_difference(self.graph, state, alignment, self.model, self.inputs)
+        return VerifyError(
             f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance {check.tolerance:.1e}){where}. The model is unchanged. "
             "Please report it with the model; leave out the masks of that module, or pass verify=False if you know better."
         )

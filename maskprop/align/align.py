@@ -103,12 +103,16 @@ def _count(kept: list[np.ndarray | None], axis: int) -> int:  # type: ignore[typ
     """Units along an axis at the positions that stay."""
     mask = kept[axis]
     assert mask is not None
+    if not mask.size:
+        return 0
     others = np.ones((1,) * mask.ndim, dtype=bool)
     for i, other in enumerate(kept):
         if i != axis and other is not None:
             others = others & other
     counts = mask.sum(axis, keepdims=True)
     counts, others = np.broadcast_arrays(counts, others)
+    if not counts.size:  # an empty value: another axis has no units at all
+        return int(mask.sum(axis).max())
     return int(np.where(others, counts, 0).max())
 
 

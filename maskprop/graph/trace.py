@@ -66,7 +66,8 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
     on_meta = any(p.is_meta for p in model.parameters())
     if tracer == "auto" and not on_meta:
         try:
-            return _trace(model, inputs, concrete=False)
+            with _quiet():
+                return _trace(model, inputs, concrete=False)
         except MaskpropError:
             raise
         except Exception as error:  # any failure on fake tensors only means that real ones are needed

@@ -44,6 +44,7 @@ class Repair:
         inputs: the dummy input.
             constants, channel_multiple: see :func:`maskprop.align.align.align`.
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
+        may_generate: whether forwards may be generated.
         generated: paths of the modules that got a generated forward, with the reason.
         pinned: why units were kept after a solve.
     """
@@ -56,6 +57,7 @@ class Repair:
     constants: str = "exact"
     channel_multiple: int = 1
     customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
+    may_generate: bool = True
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
@@ -163,7 +165,7 @@ class Repair:
 
     def _generate(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
         """Generate a forward for the module at fault and its like; as :meth:`_set_attributes`."""
-        if mismatch.path in self.generated:
+        if mismatch.path in self.generated or not self.may_generate:
             return mismatch
         kind = type(self.edits.model.get_submodule(mismatch.path))
         paths = [p for p, m in self.edits.model.named_modules() if type(m) is kind and p not in self.generated]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, is_op
@@ -16,7 +16,7 @@ from maskprop.graph.trace import Inputs, trace_partial
 aten = torch.ops.aten
 
 # Ops that only lay memory out: whether they appear depends on sizes and strides.
-_LAYOUT = {aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.dropout.default}
+_LAYOUT = {aten.empty.memory_format, aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.dropout.default}
 _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
@@ -140,8 +140,7 @@ class Replay:
         if wanted != actual:
             return wanted, actual
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
-            constants = (self._constants.get(n) if str(n.target).startswith("_constant") else None for n in (a, b))
-            left, right = constants
+            left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not torch.equal(left, right):
                 return left, right
         if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
@@ -149,6 +148,13 @@ class Replay:
                 if a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))):
                     return a, b
         return None
+
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The value of a constant of ``forward``, read through ops that do not change it."""
+        while node.target in _LAYOUT and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return self._constants.get(node) if "lifted" in node.meta else None
 
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:

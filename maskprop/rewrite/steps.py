@@ -22,7 +22,7 @@ from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import build_class
-from maskprop.rewrite.vetting import vet
+from maskprop.rewrite.vetting import names_in, vet
 
 RECORD = "_maskprop_record"
 FORMAT = 1
@@ -237,7 +237,8 @@ def _describe_class(cls: type) -> dict[str, Any] | None:
 def _build_class(module: nn.Module, path: str, data: dict[str, Any], trust_code: bool) -> type:
     if "name" in data:
         return _CLASSES[data["name"]]
-    imports = tuple((name, (home, attribute)) for name, (home, attribute) in data["imports"])
+    used = names_in(data["source"])
+    imports = tuple((name, (home, attribute)) for name, (home, attribute) in data["imports"] if name in used)
     children = {
         part for name, _ in [*module.named_modules(), *module.named_parameters()] for part in name.split(".")
     }

@@ -20,9 +20,10 @@ import torch
 from maskprop.rewrite.generated import Imports
 
 _NODES = (
-    ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.Expr, ast.Return, ast.Call, ast.keyword,
-    ast.Attribute, ast.Name, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp,
-    ast.BinOp, ast.Compare, ast.expr_context, ast.operator, ast.unaryop, ast.cmpop,
+    ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.Expr, ast.Return,
+    ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Constant, ast.Tuple, ast.List, ast.Dict,
+    ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.BinOp, ast.Compare,
+    ast.expr_context, ast.operator, ast.unaryop, ast.cmpop,
 )  # fmt: skip
 _BUILTINS = {
     "getattr",
@@ -42,10 +43,19 @@ _BUILTINS = {
 }
 # Tensor methods that lead away from tensors.
 _METHODS = {
-    "numpy", "storage", "untyped_storage", "typed_storage", "share_memory_", "apply_", "map_", "map2_", "data_ptr", "backward",
-    "register_hook", "register_post_accumulate_grad_hook", "module_load", "grad_fn", "data",
+    "numpy", "storage", "untyped_storage", "typed_storage", "share_memory_", "apply_", "map_", "map2_",
+    "data_ptr", "backward", "register_hook", "register_post_accumulate_grad_hook", "module_load",
+    "grad_fn", "data",
 }  # fmt: skip
 _NAMES = {"torch", "math", "operator", "inf", "nan", "device", "NoneType"}
+
+
+def names_in(source: str) -> set[str]:
+    """The names that a source reads; none if it is not Python."""
+    try:
+        return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    except SyntaxError:
+        return set()
 
 
 def vet(source: str, imports: Imports, children: Iterable[str] = ()) -> str | None:
@@ -122,7 +132,7 @@ def _dotted(node: ast.AST) -> str | None:
 
 @functools.cache
 def _is_harmless(module: str, attribute: str) -> bool:
-    """Whether a global is a function of tensors and numbers, or a torch type or namespace on the way to one."""
+    """Whether a global is a function of tensors or numbers, or a torch type or namespace on the way."""
     if module == "builtins":
         return attribute in _BUILTINS
     if module in ("math", "operator", "_operator"):
