@@ -1,0 +1,210 @@
+"""The base of all pruners: a configuration and a score in, masks out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskprop.errors import OptionError
+from maskprop.pruning.choose import Limits, choose
+from maskprop.pruning.config import Config, Rule, Selection, select
+from maskprop.pruning.discover import prunable_groups
+from maskprop.pruning.groups import Group, Groups
+from maskprop.pruning.local import local_groups
+from maskprop.pruning.masking import applied_masks, apply_masks, remove_masks
+from maskprop.pruning.removal import NestedMasks, Removal, remove
+from maskprop.pruning.scores import Score, ScoreFunction, checked
+from maskprop.pruning.statistics import Loss, Statistics, collect
+
+log = logging.getLogger(__name__)
+
+
+class Pruner:
+    """Chooses the units of a model that matter least.
+
+    A pruner of one's own overrides :meth:`score`, or passes ``score=`` a function of a group.
+
+    Args:
+        model: to prune. Only :meth:`compress` changes it, by putting masks on.
+        config: a ratio, ``{"layer*.conv1": 0.3}``, or NNI's ``config_list``.
+        evaluator: a :class:`~maskprop.pruning.nni.TorchEvaluator`, for scripts written for NNI; else
+        ``None``.
+        training_steps: batches that a data-driven score sees; all of ``data`` by default.
+        dummy_input: as for :class:`maskprop.ModelSpeedup`. Without it each module is a group of its own: the
+            masks are right, but coupled modules do not agree on units, so that less of the model leaves.
+        groups: groups found before, for this model; instead of ``dummy_input``.
+        data: batches for a data-driven score, in any form that ``loss`` takes.
+        loss: ``loss(model, batch)``, for gradients.
+        score: overrides the pruner's own.
+        ignore: globs over modules and groups that are never pruned.
+        ranking: ``"local"``, ``"global"`` or ``"isomorphic"``; see :func:`~maskprop.pruning.config.select`.
+        granularity: of the groups to take; by default channels and whole heads.
+        channel_multiple: of an axis that shrinks, a multiple of so many elements stays.
+        min_units: so many units of a group stay.
+
+    Raises:
+        SelectorError: the configuration names what does not exist.
+        RatioError: a ratio is outside [0, 1).
+    """
+
+    default_score: type[Score] | None = None
+    default_types: tuple[type, ...] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config = 0.5,
+        evaluator: Any = None,
+        training_steps: int | None = None,
+        *,
+        dummy_input: Any = None,
+        groups: Groups | None = None,
+        data: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        score: ScoreFunction | None = None,
+        ignore: Iterable[str] = (),
+        ranking: str = "local",
+        granularity: str | Sequence[str] | None = None,
+        channel_multiple: int = 1,
+        min_units: int = 1,
+    ) -> None:
+        self.model = model
+        self.limits = Limits(channel_multiple, min_units)
+        if groups is not None and groups.model is not model:
+            raise OptionError(
+                "the groups are another model's. Find them with prunable_groups(model, dummy_input) for "
+                "this one."
+            )
+        if dummy_input is None and evaluator is not None:
+            dummy_input = evaluator.dummy_input
+        if groups is None:
+            groups = local_groups(model) if dummy_input is None else prunable_groups(model, dummy_input)
+        self.groups = groups
+        self.evaluator, self.training_steps = evaluator, training_steps
+        self.dataset, self.loss = data, loss
+        self._score: ScoreFunction | None = score or (
+            self.default_score() if self.default_score is not None else None
+        )
+        self.selection: Selection = select(
+            model,
+            groups,
+            config,
+            ignore=ignore,
+            granularity=granularity,
+            ranking=ranking,
+            default_types=self.default_types if dummy_input is None else (),
+        )
+        found = ((g, self.selection.rule_of(g)) for g in groups)
+        self.plan: dict[str, tuple[Group, Rule]] = {
+            g.name: (g, rule) for g, rule in found if rule is not None
+        }
+        self.removal: Removal | None = None
+
+    # -- what a pruner of one's own overrides ---------------------------------------------------
+
+    def score(self, group: Group) -> Tensor:
+        """How much each part of a group matters, ``(parts,)``; the lowest go."""
+        if self._score is None:
+            raise OptionError(f"{type(self).__name__} has no score: override `score(group)`, or pass score=.")
+        return self._score(group)
+
+    def calibrate(self) -> None:
+        """Collect what the score needs from data. Called before scores are computed."""
+        score = self._score
+        if not isinstance(score, Score) or not score.needs:
+            return
+        chosen = [g for g, _ in self.plan.values()]
+        activation = getattr(score, "activation", torch.relu)
+        if self.evaluator is not None and self.dataset is None:
+            score.statistics = self.evaluator.collect(
+                self.model, chosen, score.needs, self.training_steps, activation
+            )
+        elif self.dataset is not None:
+            score.statistics = collect(
+                self.model, chosen, score.needs, self.dataset, self.loss, self.training_steps, activation
+            )
+        else:
+            score.statistics = Statistics()  # says what is missing when it is read
+
+    # -- use ------------------------------------------------------------------------------------
+
+    def compress(self) -> tuple[nn.Module, NestedMasks]:
+        """Choose the units and put the masks on the model, where they stay while it trains.
+
+        Returns:
+            The model, and masks for :class:`maskprop.ModelSpeedup`; call :meth:`unwrap_model` before that.
+
+        Raises:
+            ScoreError: the score has no data, or is not one finite number a part. Nothing is changed.
+        """
+        self.train()
+        masks = self.update()
+        if masks:
+            apply_masks(self.model, masks)
+        return self.model, masks
+
+    def update(self, scale: float = 1.0) -> NestedMasks:
+        """Choose anew without touching the model, and return the masks; ``scale`` as in :meth:`prune`."""
+        return self.prune(scale).masks
+
+    def train(self) -> None:
+        """Train before pruning, where the method asks for it and an NNI evaluator can; else nothing."""
+
+    def prune(self, scale: float = 1.0) -> Removal:
+        """Choose the units, without touching the model.
+
+        Args:
+            scale: of all ratios. What was pruned before stays pruned.
+        """
+        self.calibrate()
+        before = self.removal.parts if self.removal is not None else {}
+        scores = {name: checked(self.score, group) for name, (group, _) in self.plan.items()}
+        for name, gone in before.items():
+            scores[name] = scores[name].masked_fill(gone, -torch.inf)
+        self.removal = remove(self.groups, choose(self.plan, scores, self.limits, scale))
+        log.info("%s keeps %s", type(self).__name__, self.removal.kept)
+        return self.removal
+
+    @property
+    def masks(self) -> NestedMasks:
+        """The masks chosen last, ``{module: {parameter: mask}}``."""
+        return {} if self.removal is None else self.removal.masks
+
+    def unwrap_model(self, bake: bool = True) -> nn.Module:
+        """Take the masks off again, leaving zeros (or, with ``bake=False``, what was hidden)."""
+        remove_masks(self.model, bake=bake)
+        return self.model
+
+    _unwrap_model = unwrap_model  # NNI 2
+
+    def wrap_model(self) -> nn.Module:
+        """Put the chosen masks on again."""
+        if self.masks:
+            apply_masks(self.model, self.masks)
+        return self.model
+
+    def attach(self) -> None:
+        """Put masks of ones on everything that may be pruned, so that later changes only write to them."""
+        ones = {
+            f"{m.path}.{m.name.rpartition('.')[2]}".lstrip("."): torch.ones(
+                _mask_shape(self.plan, m.name), dtype=torch.bool, device=g.tensor(m).device
+            )
+            for g, _ in self.plan.values()
+            for m in g.members
+            if not m.consumes
+        }
+        apply_masks(self.model, ones | applied_masks(self.model))
+
+    def get_masks(self) -> NestedMasks:
+        """NNI's name for :attr:`masks`."""
+        return self.masks
+
+
+def _mask_shape(plan: Mapping[str, tuple[Group, Rule]], name: str) -> tuple[int, ...]:
+    """Shape of the mask when all of the plan's groups have a say in it."""
+    shapes = [tuple(m.units.shape) for g, _ in plan.values() for m in g.members if m.name == name]
+    return tuple(torch.broadcast_shapes(*shapes))

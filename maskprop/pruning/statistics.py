@@ -1,0 +1,215 @@
+"""What scores learn from data: gradients and activations over a few batches, the model left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskprop.errors import ScoreError
+from maskprop.graph.trace import frozen_state
+from maskprop.pruning.groups import Group
+
+Loss = Callable[[nn.Module, Any], Tensor]
+_GRADIENTS = frozenset({"taylor", "squared_gradient", "hessian"})
+_ACTIVATIONS = frozenset({"activation_mean", "activation_nonzero", "input_norm"})
+
+
+class Statistics:
+    """Means over batches.
+
+    Kinds and their keys: ``taylor`` (group and member; the squared sum of weight times gradient a part),
+    ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``,
+    ``activation_nonzero`` (module;
+    an output channel), ``input_norm`` (module; mean square an input channel).
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def add(self, kind: str, key: str, value: Tensor) -> None:
+        """Add one batch's value."""
+        value = value.detach().double().cpu()
+        before = self._sums.get((kind, key))
+        self._sums[kind, key] = value if before is None else before + value
+        self._counts[kind, key] = self._counts.get((kind, key), 0) + 1
+
+    def mean_of(self, kind: str, key: str) -> Tensor | None:
+        """The mean over batches, or ``None`` if nothing came."""
+        total = self._sums.get((kind, key))
+        return None if total is None else total / self._counts[kind, key]
+
+
+def collect(
+    model: nn.Module,
+    groups: Sequence[Group],
+    needs: frozenset[str],
+    data: Iterable[Any],
+    loss: Loss | None = None,
+    batches: int | None = None,
+    activation: Callable[[Tensor], Tensor] = torch.relu,
+    seed: int = 0,
+) -> Statistics:
+    """Run a model over batches in evaluation mode and collect what scores need.
+
+    Args:
+        model: its gradients, buffers, modes and the random state are restored.
+        groups: that will be scored.
+        needs: kinds of statistics.
+        data: batches, in any form that ``loss`` takes. Without ``loss``: a tensor, a tuple or list whose
+        first
+            item is the input, or a dict of keyword arguments.
+        loss: ``loss(model, batch)`` gives a scalar; needed for gradients.
+        batches: at most so many.
+        activation: applied to a module's output before activations are counted.
+        seed: of the random signs of the Hessian's estimate.
+
+    Raises:
+        ScoreError: gradients are needed and there is no loss, the loss is not a scalar, or ``data`` is empty.
+    """
+    if needs & _GRADIENTS and loss is None:
+        raise ScoreError(
+            "this score needs gradients, and there is no loss. Give `loss`, a function of (model, batch) "
+            "that returns a scalar."
+        )
+    found = Statistics()
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack:
+        stack.enter_context(frozen_state(model))
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.set_grad_enabled(bool(needs & _GRADIENTS)))
+        stack.enter_context(_hooks(model, groups, needs & _ACTIVATIONS, found, activation))
+        for number, batch in enumerate(data):
+            if batches is not None and number >= batches:
+                break
+            result = _forward(model, batch) if loss is None else loss(model, batch)
+            if needs & _GRADIENTS:
+                _gradients(model, groups, needs, result, found, generator)
+            found.batches += 1
+    if not found.batches:
+        raise ScoreError(
+            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a "
+            "DataLoader."
+        )
+    return found
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(first.to(device) if isinstance(first, Tensor) else first)
+
+
+def _gradients(
+    model: nn.Module,
+    groups: Sequence[Group],
+    needs: frozenset[str],
+    result: Any,
+    found: Statistics,
+    generator: torch.Generator,
+) -> None:
+    if not isinstance(result, Tensor) or result.numel() != 1:
+        came = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ScoreError(f"the loss returned {came}; a scalar tensor is expected. Average it over the batch.")
+    wanted = {m.name for g in groups for m in g.members if not m.consumes}
+    parameters = {name: p for name, p in named_weights(model).items() if name in wanted and p.requires_grad}
+    second = "hessian" in needs
+    gradients = torch.autograd.grad(
+        result.reshape(()), list(parameters.values()), create_graph=second, allow_unused=True
+    )
+    by_name = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    if "squared_gradient" in needs:
+        for name, gradient in by_name.items():
+            found.add("squared_gradient", name, gradient.square())
+    if "taylor" in needs:
+        for group in groups:
+            for member in group.producers:
+                if member.name in by_name:
+                    product = parameters[member.name].detach() * by_name[member.name].detach()
+                    found.add(
+                        "taylor",
+                        f"{group.name}|{member.name}|{member.axis}",
+                        group.rows(member, product).double().sum(1).square(),
+                    )
+    if second:
+        signs = {
+            n: torch.randint(0, 2, g.shape, generator=generator).to(g) * 2 - 1
+            for n, g in by_name.items()
+            if g.requires_grad
+        }
+        products = torch.autograd.grad(
+            [by_name[n] for n in signs],
+            [parameters[n] for n in signs],
+            list(signs.values()),
+            allow_unused=True,
+        )
+        for (name, sign), product in zip(signs.items(), products, strict=True):
+            if product is not None:
+                found.add("hessian", name, sign * product)
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their plain names, whether masks are applied to them or not."""
+    return {
+        name.replace("parametrizations.", "").removesuffix(".original"): p
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module,
+    groups: Sequence[Group],
+    kinds: frozenset[str],
+    found: Statistics,
+    activation: Callable[[Tensor], Tensor],
+) -> Iterator[None]:
+    """Forward hooks on the modules that produce the groups' units."""
+    paths = {p for g in groups for p in g.modules} if kinds else set()
+    handles = []
+    for path in paths:
+        module = model.get_submodule(path)
+        axis = _channel_axis(module)
+        if axis is None:
+            continue
+
+        def hook(
+            module: nn.Module, inputs: tuple[Any, ...], output: Any, path: str = path, axis: int = axis
+        ) -> None:
+            if kinds & {"activation_mean", "activation_nonzero"} and isinstance(output, Tensor):
+                out = activation(output.detach()).movedim(axis, 0).flatten(1)
+                if "activation_mean" in kinds:
+                    found.add("activation_mean", path, out.abs().double().mean(1))
+                if "activation_nonzero" in kinds:
+                    found.add("activation_nonzero", path, (out != 0).double().mean(1))
+            if "input_norm" in kinds and inputs and isinstance(inputs[0], Tensor):
+                found.add(
+                    "input_norm",
+                    path,
+                    inputs[0].detach().movedim(axis, 0).flatten(1).double().square().mean(1),
+                )
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel_axis(module: nn.Module) -> int | None:
+    """Which axis of a module's batched output counts its units."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return 1
+    return (
+        -1
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)) or type(module).__name__ == "Conv1D"
+        else None
+    )
