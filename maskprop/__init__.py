@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskprop.errors import MaskpropError, MaskpropWarning
     from maskprop.masks import Masks, load_masks, make_prune_permanent
+    from maskprop.report import Report
     from maskprop.speedup import ModelSpeedup
+    from maskprop.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -21,9 +23,12 @@ __all__ = [
     "MaskpropWarning",
     "Masks",
     "ModelSpeedup",
+    "Report",
     "__version__",
+    "load",
     "load_masks",
     "make_prune_permanent",
+    "save",
 ]
 
 _HOME = {
@@ -31,8 +36,11 @@ _HOME = {
     "MaskpropError": "maskprop.errors",
     "MaskpropWarning": "maskprop.errors",
     "ModelSpeedup": "maskprop.speedup",
+    "Report": "maskprop.report",
+    "load": "maskprop.storage",
     "load_masks": "maskprop.masks",
     "make_prune_permanent": "maskprop.masks",
+    "save": "maskprop.storage",
 }
 
 

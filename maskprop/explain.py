@@ -137,7 +137,9 @@ class Explainer:
     def _sentence(pin: Pin, sink: fx.Node, writers: tuple[str, ...], own: str, join: fx.Node | None) -> str:
         if pin.live:
             end = f"'{_place(sink)}' reads it"
-        elif sink.op == "output" or str(sink.target) in pin.reason:
+        elif is_op(sink) and str(sink.target) in pin.reason:
+            end = pin.reason
+        elif sink.op == "output":
             end = f"it {pin.reason}"
         else:
             end = f"it {pin.reason} ({_op_name(sink)} in '{_place(sink)}')"
@@ -162,7 +164,7 @@ class Explainer:
         )
 
     def _cause(self, group: int) -> tuple[list[int], str]:
-        """The chain of groups that leads from one to a pinned one, or to one that was restored, and why it was."""
+        """The chain of groups from one to a pinned one, or to one that was restored, and why it was."""
         s = self.alignment.solution
         queue, seen = deque([[group]]), {group}
         while queue:
@@ -179,7 +181,7 @@ class Explainer:
         return [group], "nothing that is understood allows it to leave"
 
     def _holders(self, group: int) -> Iterator[int]:
-        """Groups that keep this one: a row is kept by its outer and inner unit, and those by rows that may not leave."""
+        """Groups that keep this one: a row's outer and inner unit, and their rows that may not leave."""
         s = self.alignment.solution
         t = s.triples
         if not len(t):
@@ -202,7 +204,8 @@ class Explainer:
         """What becomes of the unit at every op that reads it."""
         carriers = self._carriers(group)
         for value in carriers:
-            if value.op != "get_attr":
+            fact = self._fact(value)
+            if fact is not None and not fact.total:  # else it is a parameter, or made from parameters alone
                 for reader in value.users:
                     if reader not in carriers and is_op(reader):
                         yield self._landing_at(value, reader, group), _place(reader)

@@ -72,8 +72,7 @@ class Change:
 
 @dataclass
 class Report:
-    """Filled while a speedup runs; what is costly to tell (operations, reasons) is worked out when it is
-    asked for.
+    """Filled by a speedup; what is costly to tell (operations, reasons) is worked out when it is asked for.
 
     Attributes:
         seconds: by stage.
@@ -132,6 +131,7 @@ class Report:
 
     @cached_property
     def flops(self) -> tuple[int, int]:
+        """Operations of one forward pass on the dummy input; a multiply-add counts as two."""
         return sum(self.layer_flops[0].values()), sum(self.layer_flops[1].values())
 
     @cached_property
@@ -198,16 +198,16 @@ class Report:
         """The summary, a line a fact."""
         if self.plan is None:
             return ["No speedup has run yet."]
+        by_kind = sorted(self.rules.items(), key=lambda item: -item[1])
         lines = [
             f"parameters    {_change(self.parameters)}",
             f"bytes         {_change(self.bytes)}",
             f"FLOPs         {_change(self.flops)}",
             f"rewritten     {self.how}",
-            f"inference     {self.sweeps} sweep{'s' * (self.sweeps != 1)}, {self.solves} "
-            f"round{'s' * (self.solves != 1)} of solving; "
-            + "rules: " + ", ".join(f"{n} {kind}" for kind, n in sorted(self.rules.items(), key=lambda item: -item[1])),
+            f"inference     sweeps: {self.sweeps}, solves: {self.solves}",
+            f"rules         {', '.join(f'{n} {kind}' for kind, n in by_kind)}",
             f"seconds       {', '.join(f'{stage} {s:.3f}' for stage, s in self.seconds.items())}",
-        ]  # fmt: skip
+        ]
         if self.check is not None:
             verdict = "passed" if self.check.passed else "FAILED"
             lines.append(
@@ -290,8 +290,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One page that needs nothing else: widths, the coupling graph, what stayed and why, sizes,
-        verification.
+        """One page that needs nothing else: widths, the coupling graph, what stayed and why, the check.
 
         Args:
             path: also write it there.

@@ -113,9 +113,9 @@ def _box(box: Box) -> str:
     room = 27 - len(width)
     shown = box.label if len(box.label) <= room else "…" + box.label[1 - room :]
     x, y = box.x * _COLUMN, box.y * _ROW
+    size = f'x="{x - _WIDTH / 2:.0f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"'
     return (
-        f"<g><title>{escape(box.label + width)}</title>"
-        f'<rect x="{x - _WIDTH / 2:.0f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5" fill="{_hue(box.group)}"/>'
+        f'<g><title>{escape(box.label + width)}</title><rect {size} fill="{_hue(box.group)}"/>'
         f'<text x="{x:.0f}" y="{y + 17}" text-anchor="middle">{escape(shown + width)}</text></g>'
     )
 
