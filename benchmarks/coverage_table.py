@@ -74,16 +74,25 @@ def _counts(title: str, rows: list[Row], key: Callable[[Row], str]) -> Iterable[
 
 
 def _generated(exact: list[Row]) -> Iterable[str]:
-    """The modules that needed a generated forward, with the models that hold them."""
+    """The classes that needed a generated forward, with the reason and the models that hold them."""
+    reasons: dict[str, str] = {}
     holders: dict[str, set[str]] = {}
     for row in exact:
-        for place in row.get("extra", {}).get("generated", ()):
-            holders.setdefault(place, set()).add(row["model"])
-    yield f"## Generated forwards: {len(holders)}"
+        for kind, reason in row.get("extra", {}).get("generated", {}).items():
+            reasons.setdefault(kind, reason)
+            holders.setdefault(kind, set()).add(row["model"])
+    yield f"## Generated forwards: {len(reasons)}"
     yield ""
-    for place, models in sorted(holders.items()):
-        yield f"* {place}: {', '.join(sorted(models))}"
+    if reasons:
+        yield "| class | because of | in |"
+        yield "|---|---|---|"
+    for kind, reason in sorted(reasons.items()):
+        yield f"| `{kind}` | {_cell(reason)} | {', '.join(sorted(holders[kind]))} |"
     yield ""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:400]
 
 
 def _section(title: str, rows: list[Row]) -> Iterable[str]:
@@ -103,7 +112,7 @@ def _section(title: str, rows: list[Row]) -> Iterable[str]:
             f"{row['after']:,}" if row.get("after") else "",
             f"{row['error']:.1e}" if row.get("error") is not None else "",
             f"{row['seconds']:.1f}" if row.get("seconds") else "",
-            " ".join(how.replace("|", "\\|").split())[:400],
+            _cell(how),
         ]
         yield "| " + " | ".join(cells) + " |"
     yield ""

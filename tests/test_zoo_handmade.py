@@ -84,9 +84,9 @@ def inverted_residual(w: int) -> int:
     return conv_bn(3, w) + conv_bn(w, hidden, 1) + depthwise + conv_bn(hidden, w, 1) + linear(w, 4)
 
 
-def bert(inner: int, hidden: int) -> int:
+def bert(inner: int, hidden: int, pooled: int = 24) -> int:
     layer = 3 * linear(24, inner) + linear(inner, 24) + linear(24, hidden) + linear(hidden, 24) + 4 * 24
-    return 30 * 24 + 16 * 24 + 2 * 24 + 2 * layer + linear(24, 24) + linear(24, 3)
+    return 30 * 24 + 16 * 24 + 2 * 24 + 2 * layer + linear(24, pooled) + linear(pooled, 3)
 
 
 def gpt2(inner: int, hidden: int) -> int:
@@ -140,8 +140,8 @@ COUNTS: dict[tuple[str, str], int] = {
     ("inverted_residual", "zeros"): inverted_residual(4),
     ("bert", "heads"): bert(12, 32),
     ("bert", "heads_out"): bert(12, 32),
-    ("bert", "mlp"): bert(24, 16),
-    ("bert", "mlp_out"): bert(24, 16),
+    ("bert", "mlp"): bert(24, 16, pooled=12),
+    ("bert", "mlp_out"): bert(24, 16, pooled=12),
     ("gpt2", "heads"): gpt2(12, 96),
     ("gpt2", "heads_out"): gpt2(12, 96),
     ("gpt2", "mlp"): gpt2(24, 48),
@@ -156,7 +156,7 @@ COUNTS: dict[tuple[str, str], int] = {
     ("vi_t", "mlp_out"): vit(24, 48),
     ("torch_encoder", "heads"): torch_encoder(12, 32),
     ("torch_encoder", "heads_out"): torch_encoder(12, 32),
-    ("torch_encoder", "mlp"): torch_encoder(24, 16),
+    ("torch_encoder", "mlp_out"): torch_encoder(24, 16),
     ("swin", "heads"): swin(2),
     ("swin", "heads_out"): swin(2),
     ("default_scale", "heads"): self_attention(12),
@@ -165,7 +165,6 @@ COUNTS: dict[tuple[str, str], int] = {
     ("biased_values", "heads"): linear(24, 24) + linear(24, 12) + linear(12, 24),
     ("relative_bias", "heads"): relative_bias(2),
     ("relative_bias", "heads_out"): relative_bias(2),
-    ("multi_query", "heads"): multi_query(2),
     ("multi_query", "heads_out"): multi_query(2),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,9 @@ class Result:
             check has nothing to see.
         seconds: spent in the speedup.
         how: how the model was rewritten, from the report.
-        detail: the error, or what differs.
+        detail: the error, or what differs, or why nothing left.
+        extra: ``generated`` (author's class -> what needed a generated forward), ``opaque`` (ops that
+            nothing is known about), ``pinned`` (repairs that failed), ``concrete`` (traced on values).
     """
 
     outcome: str
@@ -166,7 +169,11 @@ def check_speedup(
         return result
     finally:
         result.seconds = time.perf_counter() - start
-    result.after, result.how = count_parameters(compact), how_rewritten(speedup.report)
+    result.after, result.how = count_parameters(compact), speedup.report.how
+    result.extra = _rewriting(compact, speedup.report)
+    if not result.smaller:
+        reasons = Counter(kept.reason.text for kept in speedup.report.kept)
+        result.detail = "; ".join(reason for reason, _ in reasons.most_common(3))
     if compact is not model or not isinstance(compact, kind):
         result.outcome, result.detail = "mismatch", f"another object or class: {type(compact).__name__}"
         return result
@@ -193,9 +200,19 @@ def check_specimen(specimen: Specimen, model: nn.Module, masks: Masks, **options
     return check_speedup(model, inputs, masks, fresh, generate=specimen.generates, **options)
 
 
-def how_rewritten(report: Any) -> str:
-    """How a model was rewritten, in a few words."""
-    return str(getattr(report, "how", ""))
+def _rewriting(model: nn.Module, report: Any) -> dict[str, Any]:
+    """What the report says about how a model was rewritten, classes instead of paths."""
+    generated = {}
+    for where, reason in report.repair.generated.items():
+        author = type(model.get_submodule(where)).__mro__[1]
+        generated[f"{author.__module__}.{author.__qualname__}"] = reason
+    facts = {
+        "generated": generated,
+        "opaque": sorted(report.opaque),
+        "pinned": list(report.repair.pinned),
+        "concrete": report.concrete,
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _variation(reference: nn.Module, inputs: Inputs, fresh: list[Inputs]) -> float:
