@@ -1,7 +1,7 @@
 """Find the groups: from labels that leave together to rows of interchangeable units.
 
 Two units are interchangeable if they take equally many elements from the same axes of the same parameters.
-Where a *regular* axis cuts them (head dims, channels of a grouped convolution, the thirds of a fused qkv), each
+Where a *regular* axis cuts them (head dims, channels of a grouped convolution, thirds of a fused qkv), each
 part of it must lose equally many: such units are joined into one group of several slots.
 """
 
@@ -181,6 +181,8 @@ class _Discovery:
         numbers = torch.from_numpy(np.sort(rank.reshape(len(slots), -1), 1))
         numbers = numbers[numbers[:, 0].argsort()]
         members = self._members(units, arrays)
+        if not members:  # units of buffers alone
+            return None
         kind = self.kinds.of(self.s.units[units[0]])
         producer = next((m for m in members if not m.consumes and m.units.ndim > 1), members[0])
         name = producer.path or producer.name

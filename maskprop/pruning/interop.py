@@ -108,8 +108,8 @@ def semi_structured_masks(model: nn.Module, *, ignore: Iterable[str] = ()) -> Ne
 class SemiStructuredReplacer:
     """Stores 2:4 weights compressed, on a GPU that multiplies them so.
 
-    It is the last step: ``SemiStructuredReplacer().replace_modules(speedup)`` after ``speedup.speedup_model()``. The
-    converted weights do not train.
+    It is the last step: ``SemiStructuredReplacer().replace_modules(speedup)`` after ``speedup.speedup_model()``.
+    The converted weights do not train.
     """
 
     def replace_modules(self, speedup: object) -> None:

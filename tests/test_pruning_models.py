@@ -1,0 +1,96 @@
+"""Known architectures at ratio 0.5: what is masked leaves, and the forecast is what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskprop import ModelSpeedup
+from maskprop._torchvision import import_torchvision
+from maskprop.pruning import L1NormPruner, measure
+
+IMAGE = torch.zeros(1, 3, 64, 64)
+TOKENS = {"input_ids": torch.arange(24).reshape(2, 12)}
+
+
+def vision(name: str, **options: Any) -> nn.Module:
+    import_torchvision()
+    import torchvision
+
+    model: nn.Module = getattr(torchvision.models, name)(**options)
+    return model
+
+
+def vit() -> nn.Module:
+    import_torchvision()
+    import timm
+
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3)
+    return model
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    )
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128, vocab_size=100))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "resnet18": (lambda: vision("resnet18"), IMAGE),
+    "resnet50": (lambda: vision("resnet50"), IMAGE),
+    "mobilenet_v2": (lambda: vision("mobilenet_v2"), IMAGE),
+    "densenet121": (lambda: vision("densenet121"), IMAGE),
+    "resnext50": (lambda: vision("resnext50_32x4d"), IMAGE),
+    "vit": (vit, IMAGE),
+    "bert": (bert, TOKENS),
+    "llama": (llama, TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forecast_is_what_is_measured(name: str) -> None:
+    make, dummy = MODELS[name]
+    model = make().eval()
+    pruner = L1NormPruner(model, 0.5, dummy_input=dummy)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert pruner.groups.structure is not None
+    assert pruner.groups.structure.dense == measure(model, pruner.groups.inputs)
+    ModelSpeedup(model, dummy, masks, tracer=pruner.groups.tracer).speedup_model()
+    assert pruner.removal is not None
+    assert pruner.removal.forecast == measure(model, pruner.groups.inputs)
+    assert all(kept == -(-pruner.groups[g].size // 2) for g, kept in pruner.removal.kept.items())
+
+
+def test_heads_and_dims_of_llama_leave_together() -> None:
+    model = llama().eval()
+    kinds = ["channel", "query group", "head", "head dim"]
+    pruner = L1NormPruner(model, 0.5, dummy_input=TOKENS, granularity=kinds)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    ModelSpeedup(model, TOKENS, masks, tracer=pruner.groups.tracer).speedup_model()
+    assert pruner.removal is not None
+    assert pruner.removal.forecast == measure(model, pruner.groups.inputs)
+
+
+def test_forecast_agrees_with_the_flop_counter() -> None:
+    """The formulas are torch's; here its counter runs on the model itself."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = vision("mobilenet_v2").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(IMAGE)
+    assert measure(model, ((IMAGE,), {})).flops == counter.get_total_flops()
