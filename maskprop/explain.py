@@ -6,21 +6,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import networkx as nx
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from maskprop.align.align import Alignment
 from maskprop.errors import OptionError
 from maskprop.graph.graph import is_op, shape_of
-from maskprop.infer.coupling import Labels, Pin
-from maskprop.infer.facts import Fact
+from maskprop.infer.coupling import Pin
 from maskprop.infer.sweep import Inference
 from maskprop.reasons import Explanation, Kept, Reason
+from maskprop.unitfacts import UnitFacts, pins_by_node
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Explainer:
     inference: Inference
     alignment: Alignment
     masks: Mapping[str, Tensor]
-    _cache: dict[int, tuple[Reason, ...]] = field(default_factory=dict)
+    _cache: dict[tuple[str, int, int], Reason] = field(default_factory=dict)
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -74,7 +71,7 @@ class Explainer:
                 pruned = _whole(mask, len(shape_of(node)), axis, size)
                 groups: dict[Reason, list[int]] = {}
                 for unit in pruned:
-                    reason = self._reason(node, axis, unit)
+                    reason = self._reason(node, axis, unit, only_kept=True)
                     if not reason.left:
                         groups.setdefault(reason, []).append(unit)
                 found += [Kept(name, axis, tuple(units), reason) for reason, units in groups.items()]
@@ -109,24 +106,28 @@ class Explainer:
 
     # -- one unit -------------------------------------------------------------------------------
 
-    def _reason(self, node: fx.Node, axis: int, unit: int) -> Reason:
+    def _reason(self, node: fx.Node, axis: int, unit: int, only_kept: bool = False) -> Reason:
         labels = self.alignment.coupling.labels_of(node)[axis]
         if labels is None:
             return Reason(False, "this axis never shrinks")
         groups = np.unique(self.alignment.solution.groups_of(labels).take(unit, axis))
         removed = self.alignment.solution.removed[groups]
-        group = int(groups[0] if removed.all() else groups[~removed][0])
-        key = group * len(self.inference.graph.fx.nodes) + self._order[node]
-        if key not in self._cache:
-            self._cache[key] = (self._left(group) if removed.all() else self._stayed(node, group),)
-        return self._cache[key][0]
+        if removed.all():
+            return _GONE if only_kept else self._left(int(groups[0]))
+        return self._stayed(node, int(groups[~removed][0]))
 
     def _stayed(self, node: fx.Node, group: int) -> Reason:
         chain, restored = self._cause(group)
         if restored:
             return Reason(False, restored)
-        carriers = {n for g in chain for n in self._carriers(g)}
-        route, pin = self._nearest(node, self._pins[chain[-1]], carriers)
+        key = (node.name, self._units.signature(group), self._units.signature(chain[-1]))
+        if key not in self._cache:
+            self._cache[key] = self._why_pinned(node, chain)
+        return self._cache[key]
+
+    def _why_pinned(self, node: fx.Node, chain: list[int]) -> Reason:
+        carriers = {n for g in chain for n in self._units.carriers(g)}
+        route, pin = self._nearest(node, self._units.pins[chain[-1]], carriers)
         sink = self._nodes[pin.node]
         writers = tuple(dict.fromkeys(self._writers(chain[-1], sink)))
         own = str(node.target).rpartition(".")[0]
@@ -158,7 +159,8 @@ class Explainer:
             (
                 n
                 for n in route[:-1]
-                if is_op(n) and any(s not in on_route and self._is_live(s, group) for s in n.all_input_nodes)
+                if is_op(n)
+                and any(s not in on_route and self._units.live(s, group) for s in n.all_input_nodes)
             ),
             None,
         )
@@ -170,7 +172,7 @@ class Explainer:
         while queue:
             chain = queue.popleft()
             last = chain[-1]
-            if last in self._pins:
+            if last in self._units.pins:
                 return chain, ""
             if last in s.restored:
                 return chain, s.restored[last]
@@ -193,30 +195,31 @@ class Explainer:
                 yield int(row)
 
     def _left(self, group: int) -> Reason:
-        readers: dict[str, list[str]] = {}
-        for text, name in self._landing(group):
-            if name not in readers.setdefault(text, []):
-                readers[text].append(name)
-        parts = [text.format(" and ".join(f"'{n}'" for n in names)) for text, names in readers.items()]
-        return Reason(True, "; ".join(parts) or "its whole outer unit (a head, a group) leaves")
+        key = ("", self._units.signature(group), 0)
+        if key not in self._cache:
+            readers: dict[str, list[str]] = {}
+            for text, name in self._landing(group):
+                if name not in readers.setdefault(text, []):
+                    readers[text].append(name)
+            parts = [text.format(" and ".join(f"'{n}'" for n in names)) for text, names in readers.items()]
+            self._cache[key] = Reason(
+                True, "; ".join(parts) or "its whole outer unit (a head, a group) leaves"
+            )
+        return self._cache[key]
 
     def _landing(self, group: int) -> Iterator[tuple[str, str]]:
         """What becomes of the unit at every op that reads it."""
-        carriers = self._carriers(group)
+        carriers = self._units.carriers(group)
         for value in carriers:
-            fact = self._fact(value)
-            if fact is not None and not fact.total:  # else it is a parameter, or made from parameters alone
+            if not self._units.values[value].total:  # else it is made from parameters alone
                 for reader in value.users:
-                    if reader not in carriers and is_op(reader):
+                    if is_op(reader) and not self._units.carries(reader, group):
                         yield self._landing_at(value, reader, group), _place(reader)
 
     def _landing_at(self, value: fx.Node, reader: fx.Node, group: int) -> str:
-        where, fact = self._elements(value, group), self._fact(value)
-        if where is None or fact is None:
-            return "it is not needed at {}"
-        if bool((fact.zero | ~where).all()):
+        if not self._units.nonzero(value, group):
             return "it is zero for every input at {}"
-        if bool((fact.known | ~where).all()):
+        if not self._units.live(value, group):
             place = next((k.place for k in self.alignment.coupling.contractions if k.op.node is reader), None)
             if place == "bias":
                 return "it is a constant, now part of the bias behind {}"
@@ -240,34 +243,14 @@ class Explainer:
         return self.inference.graph.dependencies()
 
     @cached_property
-    def _pins(self) -> dict[int, list[Pin]]:
-        """The pins of every group that has some."""
-        found: dict[int, list[Pin]] = {}
-        for pin in self.alignment.coupling.pins:
-            for group in np.unique(self.alignment.solution.groups_of(pin.labels)).tolist():
-                found.setdefault(group, []).append(pin)
-        return found
-
-    @cached_property
-    def _groups(self) -> dict[fx.Node, list[NDArray[np.int64]]]:
-        """The distinct groups on the axes of every value."""
-        s = self.alignment.solution
-        found = {}
-        for node, labels in self.alignment.coupling.labels.items():
-            arrays = [a for part in _parts(labels) for a in part if a is not None]
-            found[node] = [np.unique(s.groups_of(a)) for a in arrays]
-        return found
-
-    def _carriers(self, group: int) -> dict[fx.Node, None]:
-        """Values with the group on one of their axes, in order."""
-        found = [n for n, arrays in self._groups.items() if any(_contains(a, group) for a in arrays)]
-        return dict.fromkeys(sorted(found, key=self._order.__getitem__))
+    def _units(self) -> UnitFacts:
+        return UnitFacts(self.inference, self.alignment)
 
     def _nearest(
         self, source: fx.Node, pins: list[Pin], carriers: Iterable[fx.Node]
     ) -> tuple[list[fx.Node], Pin]:
         """The pin nearest to a parameter, and the way there through values that carry the unit."""
-        sinks = {pin.node: pin for pin in reversed(pins)}
+        sinks = dict(pins_by_node(pins))
         nodes = {n.name for n in carriers} | {source.name, *sinks}
         nodes |= {
             u.name for n in carriers for u in n.users if sum(s in carriers for s in u.all_input_nodes) > 1
@@ -282,41 +265,19 @@ class Explainer:
 
     def _writers(self, group: int, sink: fx.Node) -> Iterator[str]:
         """Modules that write what varies into the unit, walking back from where it is read."""
-        stack, seen = [n for n in sink.all_input_nodes if self._is_live(n, group)], set()
+        stack, seen = [n for n in sink.all_input_nodes if self._units.live(n, group)], set()
         while stack:
             node = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
-            before = [n for n in node.all_input_nodes if self._is_live(n, group)]
+            before = [n for n in node.all_input_nodes if self._units.live(n, group)]
             if not before:
                 yield _place(node)
             stack += before
 
-    def _is_live(self, node: fx.Node, group: int) -> bool:
-        if node.op == "get_attr":
-            return False
-        if isinstance(node.meta.get("tensor"), tuple):
-            return any(_contains(a, group) for a in self._groups.get(node, []))
-        where, fact = self._elements(node, group), self._fact(node)
-        return where is not None and fact is not None and bool((where & ~fact.known).any())
 
-    def _fact(self, node: fx.Node) -> Fact | None:
-        fact = self.inference.facts.known.get(node)
-        return fact if isinstance(fact, Fact) else None
-
-    def _elements(self, node: fx.Node, group: int) -> Tensor | None:
-        """Elements of a value that belong to the group, broadcastable; ``None`` if there are none."""
-        found: Tensor | None = None
-        labels = self.alignment.coupling.labels.get(node)
-        if labels is None or isinstance(labels, tuple):
-            return None
-        for array in labels:
-            if array is not None:
-                part = torch.from_numpy(self.alignment.solution.groups_of(array) == group)
-                if bool(part.any()):
-                    found = part if found is None else found | part
-        return found
+_GONE = Reason(True, "")
 
 
 def _whole(mask: Tensor, ndim: int, axis: int, size: int) -> list[int]:
@@ -327,15 +288,6 @@ def _whole(mask: Tensor, ndim: int, axis: int, size: int) -> list[int]:
             pruned = pruned.all(other, keepdim=True)
     flat = pruned.reshape(-1).expand(size) if pruned.numel() == 1 else pruned.reshape(-1)
     return [int(i) for i in flat.nonzero()[:, 0]]
-
-
-def _parts(labels: Any) -> tuple[Labels, ...]:
-    return labels if isinstance(labels, tuple) else (labels,)
-
-
-def _contains(groups: NDArray[np.int64], group: int) -> bool:
-    at = int(np.searchsorted(groups, group))
-    return at < len(groups) and int(groups[at]) == group
 
 
 def _places(route: Iterable[fx.Node]) -> tuple[str, ...]:

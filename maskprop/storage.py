@@ -230,6 +230,7 @@ def _write(target: Path, plan: dict[str, Any], state: dict[str, Tensor]) -> None
         plan["weights"] = _digest(weights)
         text.write_text(to_text(plan), encoding="utf-8")
         _sync(text)
+        os.chmod(weights, text.stat().st_mode)  # safetensors makes it readable by its owner alone
         os.replace(text, target / NEXT)
         os.replace(weights, target / WEIGHTS)
         os.replace(target / NEXT, target / PLAN)

@@ -288,10 +288,10 @@ def saved(generator: torch.Generator, tmp_path: Path) -> Path:
 
 
 def test_missing_files(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="holds no plan.json. Give the directory that maskprop.save wrote"):
+    with pytest.raises(LoadError, match=r"holds no plan\.json. Give the directory that maskprop.save wrote"):
         maskprop.load(tmp_path, ConvNet)
     (saved / "model.safetensors").unlink()
-    with pytest.raises(LoadError, match="holds no model.safetensors"):
+    with pytest.raises(LoadError, match=r"holds no model\.safetensors"):
         maskprop.load(saved, ConvNet)
 
 
