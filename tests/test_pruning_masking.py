@@ -1,0 +1,198 @@
+"""Masks that stay on while a model trains: plain loops, amp, compile, several processes, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+
+from maskprop import ModelSpeedup
+from maskprop.errors import MaskingError, MaskShapeError
+from maskprop.pruning import (
+    L1NormPruner,
+    LinearPruner,
+    applied_masks,
+    apply_masks,
+    masked_state_dict,
+    plain_state_dict,
+    remove_masks,
+)
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 4
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, 4),
+    )
+
+
+def train(model: nn.Module, steps: int = 3, after: Any = None) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        if after is not None:
+            after()
+
+
+def test_masks_hold_through_optimizer_steps() -> None:
+    model = network()
+    pruner = L1NormPruner(model, 0.5, dummy_input=X)
+    _, masks = pruner.compress()
+    before = model[0].weight.detach().clone()
+    train(model)
+    keep = masks["0"]["weight"].expand_as(before)
+    assert bool((model[0].weight[~keep] == 0).all())
+    assert not torch.equal(model[0].weight[keep], before[keep])
+    model.eval()
+    masked = model(X).detach()
+    pruner.unwrap_model()
+    assert not any(parametrize.is_parametrized(m) for m in model.modules())
+    assert torch.equal(model(X), masked)
+    ModelSpeedup(model, X, masks, tracer=pruner.groups.tracer).speedup_model()
+    assert model[0].weight.shape[0] == 4
+    assert (model(X) - masked).norm() <= 1e-5 * masked.norm()
+
+
+def test_parameters_stay_the_same_objects() -> None:
+    model = network()
+    before = {id(p) for p in model.parameters()}
+    values = copy.deepcopy(model.state_dict())
+    L1NormPruner(model, 0.5, dummy_input=X).compress()
+    assert {id(p) for p in model.parameters()} == before
+    masks = remove_masks(model, bake=False)
+    assert {id(p) for p in model.parameters()} == before
+    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+    assert set(masks) == {"0", "1", "3"}
+
+
+def test_masks_are_replaced_in_place() -> None:
+    model = network()
+    row = torch.ones(8, 1, 1, 1)
+    row[0] = 0
+    apply_masks(model, {"0.weight": row})
+    buffer = applied_masks(model)["0.weight"]
+    apply_masks(model, {"0.weight": row.flip(0)})
+    assert applied_masks(model)["0.weight"] is buffer
+    assert model[0].weight[0].abs().sum() > 0
+    assert model[0].weight[7].abs().sum() == 0
+    apply_masks(model, {"0.bias": torch.ones(8)})  # a mask that is not named any more keeps everything
+    assert model[0].weight[7].abs().sum() > 0
+    apply_masks(model, {"0.weight": (torch.arange(216) % 2).reshape(8, 3, 3, 3)})  # of another shape
+    assert applied_masks(model)["0.weight"].shape == (8, 3, 3, 3)
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    model = network()
+    L1NormPruner(model, 0.5, dummy_input=X).compress()
+    train(model)
+    torch.save(model.state_dict(), tmp_path / "masked.pt")
+    state = torch.load(tmp_path / "masked.pt", weights_only=True)
+    again = network()
+    apply_masks(again, {k: torch.ones_like(v) for k, v in applied_masks(model).items()})
+    again.load_state_dict(state)
+    assert torch.equal(again.eval()(X), model.eval()(X))
+    plain = network()
+    plain.load_state_dict(plain_state_dict(state))
+    assert torch.equal(plain.eval()(X), model(X))
+    hidden = plain_state_dict(state, bake=False)["0.weight"]
+    assert torch.equal(hidden, model[0].parametrizations["weight"].original)
+    other = network()
+    apply_masks(other, applied_masks(model))
+    other.load_state_dict(masked_state_dict(plain.state_dict(), other))
+    assert torch.equal(other.eval()(X), model(X))
+
+
+def test_under_amp() -> None:
+    model = network()
+    _, masks = L1NormPruner(model, 0.5, dummy_input=X).compress()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with torch.amp.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(X), Y)
+    loss.backward()
+    optimizer.step()
+    assert bool((model[0].weight[~masks["0"]["weight"].reshape(-1)] == 0).all())
+
+
+def test_under_compile() -> None:
+    model = network()
+    schedule = LinearPruner(L1NormPruner(model, 0.5, dummy_input=X), interval_steps=1, total_times=2)
+    compiled = torch.compile(model, backend="aot_eager")
+    before = compiled(X)
+    schedule.step()
+    schedule.step()
+    assert not torch.equal(compiled(X), before)
+    torch.testing.assert_close(compiled(X), model(X))
+    with pytest.raises(MaskingError, match="the model is wrapped in OptimizedModule"):
+        apply_masks(compiled, schedule.masks)  # type: ignore[arg-type]
+
+
+def _two_processes(rank: int, port: int, directory: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    model = network()
+    schedule = LinearPruner(L1NormPruner(model, 0.5, dummy_input=X), interval_steps=1, total_times=2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        part = slice(3 * rank, 3 * rank + 3)
+        F.cross_entropy(wrapped(X[part]), Y[part]).backward()
+        optimizer.step()
+        schedule.step()
+    refused = ""
+    try:
+        apply_masks(wrapped, schedule.masks)
+    except MaskingError as error:
+        refused = str(error)
+    torch.save({"state": model.state_dict(), "refused": refused}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_under_distributed_data_parallel(tmp_path: Path) -> None:
+    port = 20000 + hash(str(tmp_path)) % 20000
+    mp.spawn(_two_processes, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert "is wrapped in DistributedDataParallel" in first["refused"]
+    trained = [k for k in first["state"] if "running" not in k]
+    assert all(torch.equal(first["state"][k], second["state"][k]) for k in trained)
+    mask = first["state"]["0.parametrizations.weight.0.mask"]
+    assert int(mask.sum()) == 4
+
+
+def test_errors_change_nothing() -> None:
+    model = network()
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(MaskShapeError):
+        apply_masks(model, {"0.weight": torch.ones(8), "0.bias": torch.ones(3)})
+    parametrize.register_parametrization(model[6], "weight", nn.Identity())
+    with pytest.raises(Exception, match="which no parameter holds: a parametrization or a hook computes it"):
+        apply_masks(model, {"6.weight": torch.ones(4, 216)})
+    assert not applied_masks(model)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items() if k in model.state_dict())
+
+
+def test_the_batch_norm_of_a_pruned_unit_stays_zero_in_training() -> None:
+    model = network().train()
+    _, masks = L1NormPruner(model, 0.5, dummy_input=X).compress()
+    out: Tensor = model[1](model[0](X))
+    gone = ~masks["1"]["weight"]
+    assert bool((out[:, gone] == 0).all())
