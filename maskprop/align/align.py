@@ -60,7 +60,7 @@ def align(inference: Inference, constants: str = "exact", channel_multiple: int 
     restore = {
         "it carries the constants of the units that left": carriers(c),
         "every head, group or part keeps equally many units": regularity(c.regulars),
-        "an axis keeps at least one unit": never_empty(owned),
+        "an axis keeps at least one unit": never_empty([*owned, *c.nonempty]),
     }
     if channel_multiple > 1:
         restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiple_of(flat, channel_multiple)

@@ -59,10 +59,11 @@ class Solution:
     def _pin_unowned(self, owned: Sequence[Tensor], count: int) -> None:
         links = np.concatenate([self.triples[:, [0, 1]], self.triples[:, [0, 2]]]) if len(self.triples) else np.zeros((0, 2), dtype=np.int64)
         family = _components(count, links)
-        mine = np.zeros(count, dtype=bool)
-        for labels in owned:
-            mine[family[self.group[_flat(labels)]]] = True
-        self.may &= mine[family] if count else self.may
+        for arrays in (owned, self.coupling.read):
+            some = np.zeros(count, dtype=bool)
+            for labels in arrays:
+                some[family[self.group[_flat(labels)]]] = True
+            self.may &= some[family] if count else self.may
 
     def groups_of(self, labels: Tensor) -> Ints:
         """Coupled groups of an array of labels, same shape."""

@@ -7,7 +7,7 @@ example heads ``(1, H, 1, 1)`` and their dims ``(1, H, 1, D)``. An element leave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,8 @@ class Coupling:
     Attributes:
         size: number of labels so far.
         edges: pairs of label arrays that are equal.
+        read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
+        nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
     """
 
@@ -85,6 +87,8 @@ class Coupling:
     pins: list[Pin] = field(default_factory=list)
     regulars: list[Regular] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)
+    nonempty: list[Tensor] = field(default_factory=list)
     node: str = ""
     facts: dict[fx.Node, Any] = field(default_factory=dict)
     needed: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -105,11 +109,7 @@ class Coupling:
     def labels_of(self, node: fx.Node) -> Labels:
         """Labels of a value; the model's own tensors get theirs when they are first asked for."""
         if node not in self.labels:
-            shape = shape_of(node)
-            self.labels[node] = [
-                self.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None
-                for axis, n in enumerate(shape)
-            ]
+            self.labels[node] = self.axes(shape_of(node))
         found: Labels = self.labels[node]
         return found
 
@@ -139,6 +139,13 @@ class Coupling:
         labels = torch.arange(self.size, self.size + count).reshape(tuple(shape))
         self.size += count
         return labels
+
+    def axes(self, shape: Sequence[int]) -> Labels:
+        """New labels for every axis of a value; an axis of one unit takes none."""
+        return [
+            self.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None
+            for axis, n in enumerate(shape)
+        ]
 
     def equal(
         self, a: Tensor | None, b: Tensor | None, reason: str = "meets an axis that cannot shrink"
@@ -177,24 +184,19 @@ class Coupling:
 
     def chunks(self, labels: Sequence[Tensor | None], axis: int, count: int) -> None:
         """The axis is cut into ``count`` equal parts: each must keep equally many units."""
-        array = labels[axis]
-        if array is None or count <= 1:
+        if labels[axis] is None or count <= 1:
             return
-        shape = list(array.shape)
-        parts = [*shape[:axis], count, shape[axis] // count, *shape[axis + 1 :]]
-        others: list[Tensor | None] = [
-            None if a is None or i == axis else _widen(a, axis) for i, a in enumerate(labels)
-        ]
-        others.insert(axis, None)
-        others[axis + 1] = array.reshape(parts)
-        self.regulars.append(Regular(tuple(others), axis + 1))
+
+        def cut(a: Tensor) -> Tensor:
+            return a.unflatten(axis, (count, -1)) if a.shape[axis] > 1 else a.unsqueeze(axis)
+
+        parts = [moved(a, cut) for a in labels]
+        self.regulars.append(Regular((*parts[:axis], None, *parts[axis:]), axis + 1))
 
     def regular(self, labels: Sequence[Tensor | None], axis: int) -> None:
         self.regulars.append(Regular(tuple(labels), axis))
 
 
-def _widen(array: Tensor, axis: int) -> Tensor:
-    """Give an array that varies along another axis a place for the cut one."""
-    if array.shape[axis] != 1:
-        array = array.narrow(axis, 0, 1)  # approximate: only used to tell which other positions are kept
-    return array.unsqueeze(axis)
+def moved(array: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """A label array through a movement; an axis that never shrinks has none."""
+    return None if array is None else move(array)

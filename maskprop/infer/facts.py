@@ -56,6 +56,11 @@ class Fact:
         return Fact(true, ~true, value, plain=True)
 
     @staticmethod
+    def zeros(where: Tensor) -> Fact:
+        """Known to be zero at some places, nothing known elsewhere."""
+        return Fact(where, where, torch.zeros((1,) * where.ndim, dtype=torch.float64))
+
+    @staticmethod
     def of_value(value: Tensor, known: Tensor | None = None) -> Fact:
         """Known where ``known`` says (everywhere by default), with the zeros read from the value."""
         if known is None:
@@ -82,6 +87,11 @@ class Fact:
 def as_double(t: Tensor) -> Tensor:
     """Floating values are kept in float64, so that constants are rounded once."""
     return t.detach().double() if t.is_floating_point() else t.detach()
+
+
+def lead(t: Tensor, ndim: int) -> Tensor:
+    """Add axes of size 1 in front, up to ``ndim``."""
+    return t.reshape((1,) * (ndim - t.ndim) + t.shape)
 
 
 def any_over(t: Tensor, dims: Sequence[int]) -> Tensor:

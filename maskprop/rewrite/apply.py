@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from maskprop.align.plan import Plan
+from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import PlanError
 from maskprop.rewrite.edits import Edits, owner_of, tensor_of
 from maskprop.rewrite.leaves import update_leaves
+
+
+# Under these names modules hold the configuration that they share with their model.
+CONFIGS = ("config", "cfg", "args", "params")
 
 
 def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
@@ -27,7 +32,19 @@ def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     apply_tensors(edits, plan, masks)
     update_leaves(edits, plan)
     for change in plan.attributes:
-        edits.set_attribute(edits.model.get_submodule(change.module), change.attribute, change.new)
+        change_attribute(edits, change)
+
+
+def change_attribute(edits: Edits, change: AttributeChange) -> None:
+    """Set an attribute of a module; one of its config goes to a copy of the config, which other modules share."""
+    module = edits.model.get_submodule(change.module)
+    holder, _, name = change.attribute.rpartition(".")
+    if holder not in CONFIGS:
+        edits.set_attribute(module, change.attribute, change.new)
+        return
+    config = copy.copy(getattr(module, holder))
+    setattr(config, name, change.new)
+    edits.set_attribute(module, holder, config)
 
 
 def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
@@ -57,9 +74,17 @@ def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None
 
 
 def _sliced_mask(plan: Plan, name: str, mask: Tensor, tensor: Tensor) -> Tensor:
+    """The part of a mask that belongs to what stays; axes along which it does not vary need no slicing."""
     if name not in plan.keep:
         return mask
-    return plan.slice(name, mask.expand(tensor.shape))
+    mask = mask.reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
+    keeps = plan.keep[name]
+    if any(k.over for k in keeps):
+        return plan.slice(name, mask.expand(tensor.shape))
+    for keep in keeps:
+        if mask.shape[keep.axis] > 1:
+            mask = mask.index_select(keep.axis, keep.index.to(mask.device))
+    return mask
 
 
 def _added(tensor: Tensor, value: Tensor, axis: int | None, at: int) -> Tensor:

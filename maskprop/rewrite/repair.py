@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import AttributeChange, Plan
@@ -21,7 +21,7 @@ from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.trace import Inputs
 from maskprop.infer.coupling import Pin
 from maskprop.infer.sweep import Inference
-from maskprop.rewrite.apply import apply_plan
+from maskprop.rewrite.apply import CONFIGS, apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
@@ -123,7 +123,7 @@ class Repair:
             mark = self.edits.mark()
             changes = [change for candidate in attempt for change in self._everywhere(replay, candidate)]
             for change in changes:
-                self.edits.set_attribute(self.edits.model.get_submodule(change.module), change.attribute, change.new)
+                change_attribute(self.edits, change)
             after = replay.run(self.edits.model, self.inputs)
             if after is None or after.index > mismatch.index:
                 alignment.plan.attributes += changes
@@ -139,7 +139,7 @@ class Repair:
         for path in _lineage(mismatch.path):
             module = self.edits.model.get_submodule(path)
             for size in _changed_sizes(replay, mismatch):
-                for name, value in list(vars(module).items()):
+                for name, value in _attributes(module):
                     new = _replaced(value, size.old, size.new)
                     if new is not None and not name.startswith("__") and (path, name, size.new) not in seen:
                         seen.add((path, name, size.new))
@@ -154,7 +154,7 @@ class Repair:
             return changes
         below = candidate.size.path.removeprefix(candidate.path)
         for path, module in model.named_modules():
-            if type(module) is not kind or path == candidate.path or vars(module).get(candidate.attribute) != candidate.old:
+            if type(module) is not kind or path == candidate.path or dict(_attributes(module)).get(candidate.attribute) != candidate.old:
                 continue
             size = candidate.size.at(replay, path + below if path else below.lstrip("."))
             if size is not None and size.old != size.new:
@@ -278,6 +278,15 @@ def _replaced(value: Any, old: int, new: int) -> Any:
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list) and old in value and all(isinstance(v, int) for v in value):
         return type(value)(new if v == old else v for v in value)
     return None
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's own attributes, and those of a config object that it holds, as ``config.name``."""
+    for name, value in list(vars(module).items()):
+        yield name, value
+        if name in CONFIGS and not isinstance(value, (nn.Module, dict, type)) and hasattr(value, "__dict__"):
+            for key, one in list(vars(value).items()):
+                yield f"{name}.{key}", one
 
 
 def _lineage(path: str) -> Sequence[str]:

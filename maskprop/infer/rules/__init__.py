@@ -1,9 +1,19 @@
 """Rules by family; importing this package fills the registry."""
 
-from maskprop.infer.rules import convolution, joining, matmul, movement, norms, pointwise, reductions, spatial
+from maskprop.infer.rules import (
+    convolution,
+    joining,
+    lookup,
+    matmul,
+    movement,
+    norms,
+    pointwise,
+    reductions,
+    spatial,
+)
 from maskprop.infer.rules.registry import Rule, find_rule, register, register_rule, unregister_rule
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "joining", "matmul", "movement", "norms", "pointwise", "reductions", "register",
+    "Rule", "convolution", "find_rule", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions", "register",
     "register_rule", "spatial", "unregister_rule",
 ]  # fmt: skip

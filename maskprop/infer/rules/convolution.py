@@ -81,7 +81,7 @@ class Convolution(Rule):
             return Fact.unknown(ndim)
         value = torch.zeros(outputs, dtype=torch.float64)
         constants = (
-            torch.where(seen & ~zero, _channel_value(x), 0.0).reshape(-1)
+            torch.where(seen & ~zero, channel_value(x), 0.0).reshape(-1)
             if not ragged and bool((seen & ~zero).any())
             else None
         )
@@ -161,12 +161,12 @@ class Convolution(Rule):
         """Input (G, I) and output (G, O) share their outer axis; the weight's inner axis is ragged over the groups."""
         weight = op.inputs[1]
         inputs, outputs = op.shapes[0][1] // groups, op.shape[1] // groups
-        outer_in, inner_in = _split_rows(channels, groups, inputs, c)
+        outer_in, inner_in = split_rows(channels, groups, inputs, c)
         if not transposed:
             rows = c.labels_of(weight)[0]
             rows = None if rows is None else c.uniform(rows, range(1, rows.ndim))
             flat = None if rows is None else rows.reshape(-1)
-            outer_out, _ = _split_rows(flat, groups, outputs, c)
+            outer_out, _ = split_rows(flat, groups, outputs, c)
             if outer_in is not None or outer_out is not None:
                 c.equal(outer_in, outer_out)
             if inputs > 1:
@@ -182,7 +182,7 @@ class Convolution(Rule):
             c.pin_all(c.labels_of(weight), "belongs to a grouped transposed convolution of fixed input")
             return None
         out = c.fresh([op.shape[1]])
-        outer_out, inner_out = _split_rows(out, groups, outputs, c)
+        outer_out, inner_out = split_rows(out, groups, outputs, c)
         c.equal(outer_in, outer_out)
         if outputs > 1:
             assert inner_out is not None
@@ -190,6 +190,7 @@ class Convolution(Rule):
         return out
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling, groups: int, ragged: bool) -> None:
+        c.read.append(labels)
         facts, y = c.facts_of(op), c.needed_of(op)
         channels = op.shapes[0][1]
         outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
@@ -228,9 +229,10 @@ def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
     return known.reshape(-1), zero
 
 
-def _channel_value(x: Fact) -> Tensor:
+def channel_value(x: Fact) -> Tensor:
+    """(C or 1,): the number of each channel that is one, see :func:`channel_constant`."""
     v = x.value()
-    return v[(0, slice(None), *[0] * (v.ndim - 2))]
+    return v.movedim(1, 0).reshape(v.shape[1], -1)[:, 0]
 
 
 def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) -> tuple[Tensor, Tensor]:
@@ -242,7 +244,7 @@ def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) 
     if not bool((mapped & ~uniform).any()):
         if not bool(uniform.any()):
             return torch.zeros(channels, dtype=torch.float64), uniform
-        return torch.where(uniform, _channel_value(x).expand(channels), 0.0), uniform
+        return torch.where(uniform, channel_value(x).expand(channels), 0.0), uniform
     v = x.value()
     maps = v.expand(v.shape[0], channels, *v.shape[2:]).transpose(0, 1).reshape(channels, -1)
     maps = torch.where(mapped[:, None], maps, 0.0)
@@ -259,7 +261,7 @@ def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) 
     return maps, foldable
 
 
-def _split_rows(
+def split_rows(
     rows: Tensor | None, groups: int, size: int, c: Coupling
 ) -> tuple[Tensor | None, Tensor | None]:
     """A labelled axis as (groups, size): outer (G,) and inner (G, size) labels."""

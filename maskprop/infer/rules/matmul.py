@@ -134,6 +134,7 @@ class MatMul(Rule):
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
         """Which summed units the op lets go."""
+        c.read.append(labels)
         o, a, b = self._factors(op, c.facts_of(op))
         read = o.lift(c.needed_of(op)) & ~_average(a, b)
         # live[.., 1, k]: some needed result reads a term through k that may not be zero
@@ -151,7 +152,7 @@ class MatMul(Rule):
                 c.contractions.append(Contraction(op, labels.reshape(-1), value, constant.reshape(-1), kind))
                 live = live & ~constant
         shape = torch.broadcast_shapes(live.shape, labels.shape)
-        c.pin(labels.expand(shape)[live.expand(shape)], "is read here")
+        c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
 
 
 def _product(a: Fact, b: Fact, length: int) -> Fact:

@@ -126,11 +126,12 @@ class Slice(Step):
         return (*self.src[: self.dim], length, *self.src[self.dim + 1 :])
 
     @property
-    def _index(self) -> tuple[slice, ...]:
+    def index(self) -> tuple[slice, ...]:
+        """Where the slice is, for indexing a tensor of full size along the axis."""
         return (*[slice(None)] * self.dim, slice(self.start, self.stop, self.step))
 
     def move(self, t: Tensor) -> Tensor:
-        return t if t.shape[self.dim] == 1 else t[self._index]
+        return t if t.shape[self.dim] == 1 else t[self.index]
 
     def back(self, t: Tensor) -> Tensor:
         if self.dst == self.src:
@@ -138,13 +139,20 @@ class Slice(Step):
         shape = list(t.shape)
         shape[self.dim] = self.src[self.dim]
         out = torch.zeros(shape, dtype=torch.bool)
-        out[self._index] = t
+        out[self.index] = t
         return out
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         if self.dst != self.src:
             cut(labels, self.dim, self.src[self.dim], self.start, self.stop, self.step, c, self.pins)
-        return [None if a is None else self.move(a) for a in labels]
+        return self._moved(labels, c)
+
+    def _moved(self, labels: Labels, c: Coupling) -> Labels:
+        out: Labels = [None if a is None else self.move(a) for a in labels]
+        part = out[self.dim]
+        if part is not None:
+            c.nonempty.append(part)
+        return out
 
 
 @dataclass(frozen=True)
@@ -179,12 +187,15 @@ class Roll(Step):
 def cut(
     labels: Labels, dim: int, size: int, start: int, stop: int, step: int, c: Coupling, pins: str = ""
 ) -> None:
-    """A slice of a labelled axis: equal parts if the bounds cut it into at most four, else the axis stays."""
-    parts = size // max(1, math.gcd(math.gcd(start, stop), size))
-    if pins or step != 1 or parts > 4:
-        c.pin(labels[dim], pins or f"is cut at {start}:{stop} of {size}")
-    else:
-        c.chunks(labels, dim, parts)
+    """A slice of a labelled axis.
+
+    Halves stay halves, since their bounds are usually computed from the size. Other bounds follow the units before
+    them; whether ``forward`` can express that, the replay tells.
+    """
+    if pins or step != 1:
+        c.pin(labels[dim], pins or f"is cut at {start}:{stop}:{step} of {size}")
+    elif size % 2 == 0 and (start, stop) in ((0, size // 2), (size // 2, size)):
+        c.chunks(labels, dim, 2)
 
 
 # -- reshape ------------------------------------------------------------------------------------
@@ -479,7 +490,7 @@ class Part(Slice):
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         if self.parts and self.start == 0:
             c.chunks(labels, self.dim, self.parts)
-        return [None if a is None else self.move(a) for a in labels]
+        return self._moved(labels, c)
 
 
 def _roll(op: Op) -> list[Step]:

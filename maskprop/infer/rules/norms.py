@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskprop.infer.coupling import Coupling, Labels
-from maskprop.infer.facts import Fact, any_over, reduce_to
+from maskprop.infer.coupling import Coupling, Labels, moved
+from maskprop.infer.facts import Fact, any_over, lead, reduce_to
 from maskprop.infer.op import Op
-from maskprop.infer.rules.convolution import _split_rows, channel_constant
+from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten
@@ -26,8 +26,9 @@ def _affine(op: Op, facts: Sequence[Fact], name: str) -> Fact | None:
     return None if position is None else facts[position]
 
 
-def _channel_shape(ndim: int) -> tuple[int, ...]:
-    return (1, -1) + (1,) * (ndim - 2)
+def _on_channels(t: Tensor, ndim: int) -> Tensor:
+    """A vector over axis 1."""
+    return t.reshape((1, -1) + (1,) * (ndim - 2))
 
 
 @register(
@@ -40,107 +41,114 @@ def _channel_shape(ndim: int) -> tuple[int, ...]:
 class BatchNorm(Rule):
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over axis 1."""
 
-    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
-        rest = tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
+    def _on_batch(self, op: Op) -> bool:
+        """Whether the statistics are the batch's own."""
+        return bool(op.arg("training", False)) or op.position("running_mean") is None
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         if all(f.total for f in facts):
-            found = evaluate(op, facts)
-            assert isinstance(found, tuple)
-            return found
+            return evaluate(op, facts)
         x, weight, bias = facts[0], _affine(op, facts, "weight"), _affine(op, facts, "bias")
         ndim = len(op.shapes[0])
         seen, _ = channel_constant(x)
         known = seen if weight is None else seen | weight.zero
         if not bool(known.any()):
-            return Fact.unknown(ndim), *rest
+            return Fact.unknown(ndim), *_statistics(op)
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
-        if bool(seen.any()) and mean is not None and var is not None and not op.arg("training", False):
-            constant = x.value()[(0, slice(None), *[0] * (ndim - 2))]
-            value = (constant - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
-            value = value if weight is None else value * weight.value()
-            value = torch.where(seen, value, 0.0)
+        if bool(seen.any()) and mean is not None and var is not None and not self._on_batch(op):
+            value = (channel_value(x) - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
+            value = torch.where(seen, value if weight is None else value * weight.value(), 0.0)
         if bias is not None:
             value = value + bias.value()
-        known = known.expand(torch.broadcast_shapes(known.shape, value.shape))
-        shape = _channel_shape(ndim)
-        return Fact.of_value(torch.where(known, value, 0.0).reshape(shape), known.reshape(shape)), *rest
+        first = Fact.of_value(
+            torch.where(known, value, 0.0), known.expand(torch.broadcast_shapes(known.shape, value.shape))
+        )
+        return first.map(lambda t: _on_channels(t, ndim)), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        if _any(needed[1:]):
+            return super().needed(op, facts, needed)
         y = needed[0]
+        others = [0, *range(2, y.ndim)]
         weight = _affine(op, facts, "weight")
-        channels = any_over(y, [0, *range(2, y.ndim)]).reshape(-1)
-        x = y if weight is None else y & ~weight.zero.reshape(_channel_shape(y.ndim))
-        return [x] + [channels] * (len(facts) - 1)
+        x = y if weight is None else y & ~_on_channels(weight.zero, y.ndim)
+        return [any_over(x, others) if self._on_batch(op) else x] + [any_over(y, others).reshape(-1)] * (
+            len(facts) - 1
+        )
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         out = list(labels[0])
-        channels = None if out[1] is None else c.uniform(out[1], [i for i in range(len(out)) if i != 1])
-        flat = None if channels is None else channels.reshape(-1)
+        if self._on_batch(op):
+            for axis in (0, *range(2, len(out))):
+                c.pin(out[axis], "is normalised over")
+                out[axis] = None
+        out = [a if i == 1 else c.uniform(a, [1]) for i, a in enumerate(out)]
+        flat = moved(c.uniform(out[1], [0, *range(2, len(out))]), lambda a: a.reshape(-1))
         for other in labels[1:]:
-            if flat is not None or other[0] is not None:
-                flat = c.equal(flat, other[0])
-        out[1] = None if flat is None else flat.reshape(_channel_shape(len(out)))
-        return out, *([None] * (len(m.shape) if m is not None else 0) for m in op.results[1:])
+            flat = c.equal(flat, other[0])
+        out[1] = moved(flat, lambda a: _on_channels(a, len(out)))
+        rest: list[Labels] = [
+            [flat] if m is not None and m.shape == op.shapes[0][1:2] else [None] for m in op.results[1:]
+        ]
+        return out, *rest
 
 
 @register(aten.native_group_norm.default)
 class GroupNorm(Rule):
     """Statistics over a group's channels and space: a group leaves whole or stays whole."""
 
-    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
         ndim = len(op.shapes[0])
-        rest = (Fact.unknown(2), Fact.unknown(2))
-        return _affine_only(op, facts, _channel_shape(ndim), ndim), *rest
+        return _affine_only(op, facts, ndim).map(lambda t: _on_channels(t, ndim)), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        if _any(needed[1:]):
+            return super().needed(op, facts, needed)
         y = needed[0]
         channels = any_over(y, [0, *range(2, y.ndim)]).reshape(-1)
         weight = _affine(op, facts, "weight")
         live = channels if weight is None else channels & ~weight.zero
         count, groups = op.shapes[0][1], op.arg("group")
-        live = (
-            live.expand(count)
-            .reshape(groups, -1)
-            .any(1, keepdim=True)
-            .expand(-1, count // groups)
-            .reshape(-1)
-        )
-        return [live.reshape(_channel_shape(y.ndim))] + [channels] * (len(facts) - 1)
+        live = live.expand(count).reshape(groups, -1).any(1, keepdim=True).expand(-1, count // groups)
+        return [_on_channels(live, y.ndim)] + [channels] * (len(facts) - 1)
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         out = list(labels[0])
-        for axis in range(2, len(out)):
+        ndim, groups = len(out), op.arg("group")
+        for axis in range(2, ndim):
             c.pin(out[axis], "is a spatial axis of a group norm")
             out[axis] = None
-        channels = None if out[1] is None else c.uniform(out[1], [i for i in range(len(out)) if i != 1])
-        flat = None if channels is None else channels.reshape(-1)
-        groups = op.arg("group")
-        if flat is not None:
-            _, inner = _split_rows(flat, groups, flat.numel() // groups, c)
-            c.pin(inner, "shares a group's statistics")
+        out[0] = c.uniform(out[0], range(1, ndim))
+        flat = moved(c.uniform(out[1], [0, *range(2, ndim)]), lambda a: a.reshape(-1))
+        outer, inner = split_rows(flat, groups, op.shapes[0][1] // groups, c)
+        c.pin(inner, "shares a group's statistics")
         for other in labels[1:]:
-            if flat is not None or other[0] is not None:
-                flat = c.equal(flat, other[0])
-        out[1] = None if flat is None else flat.reshape(_channel_shape(len(out)))
-        return out, [None, None], [None, None]
+            flat = c.equal(flat, other[0])
+        out[1] = moved(flat, lambda a: _on_channels(a, ndim))
+        statistics = [moved(out[0], lambda a: a.reshape(-1, 1)), moved(outer, lambda a: a.reshape(1, -1))]
+        return out, statistics, list(statistics)
 
 
-def _affine_only(op: Op, facts: Sequence[Fact], shape: Sequence[int], ndim: int) -> Fact:
-    """Known are the units with a zero affine weight: they come out as the bias."""
+def _affine_only(op: Op, facts: Sequence[Fact], ndim: int) -> Fact:
+    """The affine part of a norm: units with a zero weight come out as the bias, whatever went in."""
     weight, bias = _affine(op, facts, "weight"), _affine(op, facts, "bias")
-    if all(f.total for f in facts):
-        found = evaluate(op, facts)
-        return found[0] if isinstance(found, tuple) else found
     if weight is None or not bool(weight.zero.any()):
         return Fact.unknown(ndim)
-    known = weight.zero
-    value = (
-        torch.zeros((1,) * known.ndim, dtype=torch.float64)
-        if bias is None
-        else torch.where(known, bias.value(), 0.0)
-    )
-    known = known.expand(torch.broadcast_shapes(known.shape, value.shape))
-    return Fact.of_value(value.reshape(tuple(shape)), known.reshape(tuple(shape)))
+    if bias is None:
+        return Fact.zeros(weight.zero)
+    return Fact.of_value(torch.where(weight.zero, bias.value(), 0.0), weight.zero)
+
+
+def _any(needed: Sequence[Tensor]) -> bool:
+    return any(bool(n.any()) for n in needed)
+
+
+def _statistics(op: Op) -> tuple[Fact, ...]:
+    """Nothing is known of the saved statistics."""
+    return tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
 
 
 @register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
@@ -151,21 +159,19 @@ class LayerNorm(Rule):
         ndim = len(op.shapes[0])
         return list(range(ndim - len(op.arg("normalized_shape")), ndim))
 
-    def known(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, ...]:
-        ndim, axes = len(op.shapes[0]), self._axes(op)
-        weight = _affine(op, facts, "weight")
-        tail = weight.zero.shape if weight is not None else (1,) * len(axes)
-        bias = _affine(op, facts, "bias")
-        if bias is not None:
-            tail = torch.broadcast_shapes(tail, bias.known.shape)
-        rest = tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
-        return _affine_only(op, facts, (1,) * (ndim - len(axes)) + tuple(tail), ndim), *rest
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
+        ndim = len(op.shapes[0])
+        return _affine_only(op, facts, ndim).map(lambda t: lead(t, ndim)), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        y, axes = needed[0], self._axes(op)
+        if _any(needed[1:]):
+            return super().needed(op, facts, needed)
+        y = needed[0]
         weight = _affine(op, facts, "weight")
         live = y if weight is None else y & ~weight.zero
-        return [any_over(live, axes)] + [reduce_to(y, shape) for shape in op.shapes[1:]]
+        return [any_over(live, self._axes(op))] + [reduce_to(y, shape) for shape in op.shapes[1:]]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         out, axes = list(labels[0]), self._axes(op)
@@ -174,9 +180,8 @@ class LayerNorm(Rule):
             out[axis] = None
             for other in labels[1:]:
                 c.pin(other[i], "is normalised over")
-        for axis in range(len(out)):
-            out[axis] = c.uniform(out[axis], [a for a in axes if a != axis])
-        return out, *([None] * (len(m.shape) if m is not None else 0) for m in op.results[1:])
+        out = [c.uniform(a, [d for d in axes if d != axis]) for axis, a in enumerate(out)]
+        return tuple(list(out) for _ in op.results)
 
 
 @register(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskprop.infer.coupling import Coupling, Labels
-from maskprop.infer.facts import Fact, reduce_to
+from maskprop.infer.coupling import Coupling, Labels, moved
+from maskprop.infer.facts import Fact, lead, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, register, register_rule
 
@@ -34,11 +34,11 @@ class Pointwise(Rule):
         ndim = len(op.shape)
         if all(f.plain for f in facts):
             return Fact.constant(ndim, lambda: op.run(*(f.value() for f in facts)))
-        known = known.reshape((1,) * (ndim - known.ndim) + known.shape)
+        known = lead(known, ndim)
         if zero is not None:
-            zero = zero.reshape((1,) * (ndim - zero.ndim) + zero.shape)
+            zero = lead(zero, ndim)
             if bool((~known | zero).all()):
-                return Fact(known, known, torch.zeros((1,) * ndim, dtype=torch.float64))
+                return Fact.zeros(known)
         if not bool(known.any()):
             return Fact.unknown(ndim)
         size = torch.broadcast_shapes(*(f.known.shape for f in facts))
@@ -73,10 +73,10 @@ def broadcast_labels(
             if own < 0 or (in_shape[own] == 1 and shape[axis] != 1):
                 continue
             array = arrays[own]
-            met.append(None if array is None else array.reshape((1,) * (ndim - array.ndim) + array.shape))
+            met.append(moved(array, lambda a: lead(a, ndim)))
         result = met[0] if met else None
         for other in met[1:]:
-            result = c.equal(result, other) if result is not None or other is not None else None
+            result = c.equal(result, other)
         out.append(result)
     return out
 
@@ -167,14 +167,7 @@ class Copy(Pointwise):
     """``copy(target, source)``: the source, in the target's shape."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        fact = facts[1]
-        pad = (1,) * (len(op.shape) - fact.known.ndim)
-        return Fact(
-            fact.known.reshape(pad + fact.known.shape),
-            fact.zero.reshape(pad + fact.zero.shape),
-            lambda: fact.value().reshape(pad + fact.value().shape),
-            fact.plain,
-        )
+        return facts[1].map(lambda t: lead(t, len(op.shape)))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         return [needed[0] & False, reduce_to(needed[0], op.shapes[1])]
@@ -215,22 +208,13 @@ class Uniform(Rule):
         number = op.arg("fill_value", op.arg("value", op.arg("s", 1 if "ones" in name else 0)))
         meta = op.results[0]
         assert meta is not None
-        return Fact.of_value(
-            torch.full(
-                (1,) * len(op.shape),
-                number,
-                dtype=torch.float64 if meta.dtype.is_floating_point else meta.dtype,
-            )
-        )
+        dtype = torch.float64 if meta.dtype.is_floating_point else meta.dtype
+        return Fact.of_value(torch.full((1,) * len(op.shape), number, dtype=dtype))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         return [torch.zeros((1,) * len(shape), dtype=torch.bool) for shape in op.shapes]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
-        if labels:
-            return list(labels[0])
-        shape = op.shape
-        return [
-            c.fresh([n if i == axis else 1 for i in range(len(shape))]) if n > 1 else None
-            for axis, n in enumerate(shape)
-        ]
+        if labels and op.arg("size") is None:
+            return list(labels[0])  # made in the likeness of its input
+        return c.axes(op.shape)

@@ -86,6 +86,7 @@ class Reduction(Rule):
             if array is None:
                 continue
             if op.target._schema.name in _SEES_NO_ZERO:
+                c.read.append(array)
                 fact = c.facts_of(op)[0]
                 live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
                 shape = torch.broadcast_shapes(live.shape, array.shape)

@@ -113,7 +113,7 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
 
     def results() -> tuple[Tensor, ...]:
         if not cache:
-            values = [f.value().expand(shape) for f, shape in zip(facts, op.shapes, strict=True)]
+            values = [f.value().expand(shape).contiguous() for f, shape in zip(facts, op.shapes, strict=True)]
             out = op.run(*values)
             cache.append(tuple(out) if op.several else (out,))
         return cache[0]

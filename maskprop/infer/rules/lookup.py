@@ -1,0 +1,154 @@
+"""Ops that look values up by index: embedding, index, index_select, gather.
+
+Algebra: an axis that is looked up by index keeps all its units, and what is known of its result is known of all of
+them. The other axes pass through, as do the axes of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from maskprop.infer.coupling import Coupling, Labels, moved
+from maskprop.infer.facts import Fact, all_over, any_over
+from maskprop.infer.op import Op
+from maskprop.infer.rules.registry import Rule, evaluate, register
+
+aten = torch.ops.aten
+
+
+@register(aten.embedding.default)
+class Embedding(Rule):
+    """Rows of a table by index: the table's rows stay, its columns are the result's last axis."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        table, index = facts
+        if table.total and index.total:
+            return evaluate(op, facts)
+        zero = all_over(table.zero, [0])
+        return Fact.zeros(zero.reshape((1,) * (len(op.shape) - 1) + (-1,)))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        n = needed[0]
+        columns = any_over(n, range(n.ndim - 1)).reshape(1, -1)
+        return [columns, torch.full((1,) * len(op.shapes[1]), bool(columns.any()))]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        table, index = labels
+        c.pin(table[0], "is looked up by index")
+        columns = moved(c.uniform(table[1], [0]), lambda a: a.reshape((1,) * (len(op.shape) - 1) + (-1,)))
+        return [*(moved(a, lambda a: a.unsqueeze(-1)) for a in index), columns]
+
+
+class _Lookup(Rule):
+    """Shared by index ops: some axes of the source are looked up, the others pass in order."""
+
+    def _plan(self, op: Op) -> tuple[list[int], int] | None:
+        """Looked-up axes of the source and where the index's axes stand in the result; ``None`` if unclear."""
+        raise NotImplementedError
+
+    def _axes(self, op: Op) -> list[int | None] | None:
+        """For each result axis, the source axis that it is, or ``None`` for an index axis."""
+        plan = self._plan(op)
+        if plan is None:
+            return None
+        looked, at = plan
+        kept: list[int | None] = [i for i in range(len(op.shapes[0])) if i not in looked]
+        return kept[:at] + [None] * (len(op.shape) - len(kept)) + kept[at:]
+
+    def _pass(self, t: Tensor, axes: Sequence[int | None]) -> Tensor:
+        """A tensor that does not vary along the looked-up axes, in the result's axes."""
+        kept = [a for a in axes if a is not None]
+        sizes = iter([t.shape[a] for a in kept])
+        return t.reshape([1 if a is None else next(sizes) for a in axes])
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        axes, fact = self._axes(op), facts[0]
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
+        if axes is None or fact.nothing:
+            return Fact.unknown(len(op.shape))
+        looked = [i for i in range(len(op.shapes[0])) if i not in axes]
+        if not fact.plain and all(fact.known.shape[i] == fact.value().shape[i] == 1 for i in looked):
+            return fact.map(lambda t: self._pass(all_over(t, looked) if t.dtype == torch.bool else t, axes))
+        return Fact.zeros(self._pass(all_over(fact.zero, looked), axes))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        axes, n = self._axes(op), needed[0]
+        found = super().needed(op, facts, needed)
+        if axes is not None:
+            n = any_over(n, [i for i, a in enumerate(axes) if a is None])
+            sizes = [1] * len(op.shapes[0])
+            for i, a in enumerate(axes):
+                if a is not None:
+                    sizes[a] = n.shape[i]
+            found[0] = n.reshape(sizes)
+        return found
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        axes, source = self._axes(op), labels[0]
+        for array in labels[1:]:
+            c.pin_all(array, "is used as an index")
+        if axes is None:
+            c.pin_all(source, "is indexed in a mixed order")
+            return [None] * len(op.shape)
+        looked = [i for i in range(len(source)) if i not in axes]
+        for i in looked:
+            c.pin(source[i], "is looked up by index")
+        passing = [None if a is None else c.uniform(source[a], looked) for a in axes]
+        return [moved(a, lambda t: self._pass(t, axes)) for a in passing]
+
+
+@register(aten.index.Tensor, aten._unsafe_index.Tensor)
+class Index(_Lookup):
+    """``x[i, :, j]`` with index tensors."""
+
+    def _plan(self, op: Op) -> tuple[list[int], int] | None:
+        indices: list[fx.Node | None] = list(op.arg("indices"))
+        if any(i is not None and i.meta["tensor"].dtype in (torch.bool, torch.uint8) for i in indices):
+            return None
+        looked = [i for i, index in enumerate(indices) if index is not None]
+        contiguous = looked == list(range(looked[0], looked[-1] + 1))
+        return looked, looked[0] if contiguous else 0
+
+
+@register(aten.index_select.default)
+class IndexSelect(_Lookup):
+    """``x`` at ``index`` along one axis."""
+
+    def _plan(self, op: Op) -> tuple[list[int], int] | None:
+        dim = op.arg("dim") % len(op.shapes[0])
+        return [dim], dim
+
+
+@register(aten.gather.default)
+class Gather(Rule):
+    """``x`` at ``index`` along one axis, elementwise along the others."""
+
+    def _axes(self, op: Op) -> tuple[int, list[int]]:
+        """The axis that is looked up, and those of which the index covers a part."""
+        source, index = op.shapes
+        dim = int(op.arg("dim")) % max(1, len(source))
+        return dim, [i for i in range(len(source)) if i != dim and source[i] != index[i]]
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
+        dim, partly = self._axes(op)
+        return Fact.zeros(all_over(facts[0].zero, [dim, *partly]))
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        (source, index), (dim, partly) = labels, self._axes(op)
+        c.pin(source[dim], "is looked up by index")
+        out: Labels = []
+        for axis in range(len(op.shape)):
+            if axis == dim:
+                out.append(index[axis])
+            elif axis in partly:
+                out.append(c.equal(source[axis], None, "is looked up in part"))
+                c.pin(index[axis], "looks up a part")
+            else:
+                out.append(c.equal(c.uniform(source[axis], [dim, *partly]), index[axis]))
+        return out
