@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import warnings
@@ -125,7 +126,7 @@ class ModelSpeedup:
         Raises:
             MaskpropError: see the errors of the stages; the model is then as it was.
         """
-        with prune_masks_removed(self.model) if self._own_masks else nullcontext():
+        with _no_garbage_collection(), prune_masks_removed(self.model) if self._own_masks else nullcontext():
             self.initialize_speedup()
             self.infer_modules_masks()
             self.replace_compressed_modules()
@@ -302,3 +303,15 @@ class ModelSpeedup:
             yield
         finally:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A trace makes many small objects; collections in between walk the whole process and take most of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.functional import Value, functional_overload
 from maskprop.graph.graph import Graph, TensorMeta
+from maskprop.graph.shapes import shortcut
 from maskprop.graph.structure import map_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
@@ -78,8 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def _nodes_of(self, value: Any) -> Any:
         """The same structure with nodes in place of tensors."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            return map_tensors(value, self._node)
+        return map_tensors(value, self._node)
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         node = self.graph.fx.placeholder(name)
@@ -113,8 +113,9 @@ class Recorder(TorchDispatchMode):
             return self._evaluate(node_args[0]).item()
         if schema.is_mutable:
             self._save_mutated(op, args)
-        shortcut = None if self.graph.concrete else _SHAPES.get(schema.name)
-        result = shortcut(*args, **kwargs) if shortcut is not None else op(*args, **kwargs)
+        result = None if self.graph.concrete else shortcut(op, args, kwargs)
+        if result is None:
+            result = op(*args, **kwargs)
         if torch.Tag.inplace_view in op.tags:
             self._record_in_place_view(op, args, node_args, dict(node_kwargs))
         elif schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
@@ -305,13 +306,6 @@ def _channel_shuffle(x: Tensor, groups: int) -> Tensor:
     batch, c, *space = x.shape
     return x.view(batch, groups, c // groups, *space).transpose(1, 2).reshape(batch, c, *space)
 
-
-def _batch_norm_shapes(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-
-
-# Shapes of ops whose fake kernel is a decomposition in Python, many times slower than this.
-_SHAPES = {"aten::native_batch_norm": _batch_norm_shapes}
 
 # Ops that are a few movements in one: recorded as these, whose sizes the replay can compare one by one.
 _DECOMPOSED = {
