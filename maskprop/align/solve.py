@@ -118,30 +118,29 @@ class Solution:
 
 def regularity(regulars: Sequence[Regular]) -> Restore:
     """Equal counts of units at every kept position of the other axes."""
-    arrays = [([None if a is None else a for a in r.labels], r.axis) for r in regulars]
 
     def check(s: Solution) -> Ints:
         found: list[Ints] = []
-        for labels, axis in arrays:
-            own = labels[axis]
+        for regular in regulars:
+            own, axis = regular.labels[regular.axis], regular.axis
             assert own is not None
             leaves = s.leaves(own)
-            others = np.ones((1,) * leaves.ndim, dtype=bool)
-            for i, array in enumerate(labels):
-                if i != axis and array is not None:
-                    others = others & ~s.leaves(array)
             if not leaves.size:
                 continue
+            over = [i for i, n in enumerate(leaves.shape) if n > 1 and i != axis]
+            others = np.ones((1,) * leaves.ndim, dtype=bool)
+            for i in over:
+                array = regular.labels[i]
+                if array is not None:  # which may be ragged itself, along axes that do not matter here
+                    rest = tuple(d for d in range(array.ndim) if d not in over)
+                    others = others & (~s.leaves(array)).any(rest, keepdims=True)
             kept = (~leaves).sum(axis, keepdims=True)
-            if not np.broadcast_to(others, np.broadcast_shapes(others.shape, kept.shape)).any():
+            if not others.any():
                 continue
             most = np.where(others, kept, 0).max()
             short = np.where(others, most - kept, 0)
-            if not short.any():
-                continue
-            rank = np.cumsum(leaves, axis)
-            back = leaves & (rank <= short)
-            found.append(np.broadcast_to(s.groups_of(own), back.shape)[back])
+            back = leaves & (np.cumsum(leaves, axis) <= short)
+            found.append(s.groups_of(own)[back])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     return check
