@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 
-from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import plain_kernels
+from maskprop.rewrite.generated import update_cache
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -36,9 +36,10 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """``torch.fx`` with companions; see the module's docstring."""
 
-    def __init__(self, module: nn.Module, arguments: Mapping[str, Any], fake: FakeTensorMode) -> None:
+    def __init__(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
-        self._module, self._arguments, self._fake = module, arguments, fake
+        self._module, self._arguments = module, arguments
+        self._variadic = variadic_name(module)
         self._values: dict[fx.Node, Any] = {}
 
     def companion(self, node: fx.Node) -> Any:
@@ -63,16 +64,23 @@ class _Tracer(fx.Tracer):
         return list(self._values[obj.node].keys())
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
-        def argument(name: str, value: Any) -> Any:
-            if not any(True for _ in tensors_in(value)):
-                return value
-            made = self.create_proxy("placeholder", name, (), {})
-            return made
-
-        kwargs = {name: argument(name, value) for name, value in self._arguments.items()}
-        return functools.partial(root_fn, **kwargs), [self.root]
+        given: dict[str, Any] = {}
+        for name, value in self._arguments.items():
+            if name == self._variadic:
+                whole = None
+                for key, one in value.items():
+                    if is_plain(one):
+                        given[key] = one
+                        continue
+                    whole = self.create_proxy("placeholder", name, (), {}) if whole is None else whole
+                    given[key] = whole[key]
+            else:
+                given[name] = value if is_plain(value) else self.create_proxy("placeholder", name, (), {})
+        return functools.partial(root_fn, **given), [self.root]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None) -> fx.Node:
+        if kind == "call_method" and target == "update" and args[0].op == "placeholder":
+            kind, target = "call_function", update_cache
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "placeholder":
             self._values[node] = self._arguments[target]
@@ -114,39 +122,51 @@ class _untraced:
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
 
+def is_plain(value: Any) -> bool:
+    """A value that can stand in source code as it is, or a tuple of such."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return all(is_plain(v) for v in value)
+    return isinstance(value, PLAIN)
+
+
+def variadic_name(module: nn.Module) -> str | None:
+    """What the author calls ``**kwargs``, if the forward takes any."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+
+
 def bind_arguments(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> dict[str, Any]:
     """The arguments of a recorded call by the names of the author's signature, defaults included.
 
     Raises:
-        CannotTrace: a variadic parameter was used, or an argument is neither a tensor nor a plain value.
+        CannotTrace: extra positional arguments were given.
     """
     signature = inspect.signature(type(module).forward)
     bound = signature.bind(module, *call[0], **call[1])
     bound.apply_defaults()
     found = dict(list(bound.arguments.items())[1:])
-    for name, parameter in list(signature.parameters.items())[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if found.pop(name):
-                raise CannotTrace(f"it is called with variadic arguments {name}")
-        elif not any(True for _ in tensors_in(found[name], kind=fx.Node)) and not isinstance(found[name], PLAIN):
-            raise CannotTrace(f"its argument {name} is a {type(found[name]).__name__}")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and found.pop(name):
+            raise CannotTrace(f"it is called with extra positional arguments {name}")
     return found
 
 
 def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
-    """Trace a dense module on fake tensors of the recorded shapes.
+    """Trace a dense module beside a run on fake tensors (under a ``FakeTensorMode`` of the caller's).
 
     Args:
         module: in its dense state.
-        arguments: by name, with graph nodes in place of tensors.
+        arguments: by name, with fake tensors.
 
     Raises:
         CannotTrace: its forward does something that cannot be written down.
     """
-    with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        values = {name: map_tensors(value, lambda n: _blank(n, fake), fx.Node) for name, value in arguments.items()}
-        with _symbolic_finfo():
-            return _Tracer(module, values, fake).trace(module)
+    with torch.no_grad(), plain_kernels(), _symbolic_finfo():
+        graph = _Tracer(module, arguments).trace(module)
+    for node in reversed(graph.nodes):  # extra keyword arguments that nothing reads
+        if node.target is operator.getitem and not node.users and node.args[0].op == "placeholder":
+            graph.erase_node(node)
+    return graph
 
 
 @contextmanager
@@ -166,11 +186,6 @@ def _symbolic_finfo() -> Iterator[None]:
         torch.finfo = finfo  # type: ignore[misc]
 
 
-def _blank(node: fx.Node, fake: FakeTensorMode) -> Tensor:
-    meta = node.meta["tensor"]
-    return fake.from_tensor(torch.empty(meta.shape, dtype=meta.dtype, device=meta.device))
-
-
 def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:
     """The ``def`` line of the author's signature, and a check of the arguments that the trace took for fixed."""
     parameters, checks = ["self"], []
@@ -180,7 +195,8 @@ def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:
             checks.append((name, f"not {name}", "nothing"))
         elif parameter.kind is parameter.VAR_KEYWORD:
             parameters.append(f"**{name}")
-            checks.append((name, f"not {name}", "nothing"))
+            if not arguments[name]:
+                checks.append((name, f"not {name}", "nothing"))
         else:
             if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in parameters):
                 parameters.append("*")
@@ -188,9 +204,11 @@ def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:
             plain = isinstance(default, (bool, int, float, str, type(None)))
             parameters.append(name if default is parameter.empty or not plain else f"{name}={default!r}")
             value = arguments[name]
-            if not any(True for _ in tensors_in(value, kind=fx.Node)):
+            if is_plain(value):
                 test = f"{name} is {value!r}" if value is None or isinstance(value, bool) else f"{name} == {value!r}"
                 checks.append((name, test, repr(value)))
+            elif default is None and not hasattr(value, "update"):  # another branch of the author's may serve None
+                checks.append((name, f"{name} is not None", "a tensor"))
     lines = [f"def forward({', '.join(parameters)}):"]
     for name, test, wanted in checks:
         lines.append(f"    if not ({test}):")

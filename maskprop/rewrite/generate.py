@@ -8,19 +8,21 @@ value. The result is a subclass of the author's class, put on the same object.
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
-from maskprop.graph.graph import Graph, is_op
+from maskprop.graph.graph import Graph, is_op, shape_of
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, plain_kernels
-from maskprop.rewrite.concolic import bind_arguments, header, run_node, trace_module
+from maskprop.graph.trace import Inputs, frozen_state, plain_kernels
+from maskprop.rewrite.concolic import bind_arguments, header, is_plain, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
 from maskprop.rewrite.replay import Replay
@@ -46,20 +48,28 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     Returns:
         Paths of the modules that have a generated forward now.
     """
-    traced: dict[str, tuple[fx.Graph, dict[str, Any]]] = {}
+    traced: dict[str, tuple[fx.Graph, Arguments]] = {}
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with edits.suspended():  # the author's forward runs on the dense module only
-        for path in (p for p in paths if p in graph.calls):
+        calls = {p: graph.calls[p] for p in paths if p in graph.calls}
+        state = _opaque_arguments(edits.model, calls, inputs, fake)
+        for path in calls:
             module = edits.model.get_submodule(path)
-            try:
-                arguments = bind_arguments(module, graph.calls[path])
-                traced[path] = trace_module(module, arguments), arguments
-            except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
-                log.info("no forward could be traced for '%s': %s: %s", path, type(error).__name__, error)
+            nodes = bind_arguments(module, calls[path])
+            caches = {name: NoCache() for name in CACHES if name in nodes and nodes[name] is None}
+            for stand_ins in [caches, {}] if caches else [{}]:
+                arguments = Arguments(nodes, {**state.get(path, {}), **stand_ins}, fake)
+                try:
+                    with fake:
+                        traced[path] = trace_module(module, arguments.values(_dense_shape)), arguments
+                    break
+                except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
+                    log.info("no forward could be traced for '%s': %s: %s", path, type(error).__name__, error)
     done = []
     for path, (forward, arguments) in traced.items():
         module = edits.model.get_submodule(path)
         try:
-            source, imports = _Generator(edits.model, module, path, replay, forward, arguments).run()
+            source, imports = _Generator(edits.model, module, path, replay, forward, arguments, fake).run()
         except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
@@ -68,14 +78,110 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     return done
 
 
+# Under these names attention modules take a key-value cache, which a later call may bring.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class NoCache:
+    """Stands in for a cache that the recorded call did not have."""
+
+    def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return keys, values
+
+
+class Arguments:
+    """Arguments of a module's recorded call, to be made again with other sizes.
+
+    Args:
+        nodes: by name, with graph nodes in place of tensors.
+        opaque: copies of the arguments that are neither tensors nor plain (a key-value cache), as they were when the
+            module was called.
+        fake: the mode of the tensors that are made.
+    """
+
+    def __init__(self, nodes: dict[str, Any], opaque: dict[str, Any], fake: FakeTensorMode) -> None:
+        self.nodes, self._opaque, self._fake = {**nodes, **opaque}, opaque, fake
+
+    def values(self, shape: Callable[[fx.Node], Sequence[int]]) -> dict[str, Any]:
+        """Fresh arguments; ``shape`` tells the size of each tensor."""
+
+        def blank(node: fx.Node) -> Tensor:
+            meta = node.meta["tensor"]
+            return self._fake.from_tensor(torch.empty(tuple(shape(node)), dtype=meta.dtype, device=meta.device))
+
+        found = {name: map_tensors(value, blank, fx.Node) for name, value in self.nodes.items()}
+        return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
+
+
+def _dense_shape(node: fx.Node) -> Sequence[int]:
+    return shape_of(node)
+
+
+def _opaque_arguments(
+    model: nn.Module, calls: Mapping[str, tuple[Any, dict[str, Any]]], inputs: Inputs, fake: FakeTensorMode
+) -> dict[str, dict[str, Any]]:
+    """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run."""
+    bound = {path: bind_arguments(model.get_submodule(path), call) for path, call in calls.items()}
+    wanted = {path: [n for n, v in arguments.items() if _is_opaque(v)] for path, arguments in bound.items()}
+    found: dict[str, dict[str, Any]] = {}
+    handles = []
+    for path, names in wanted.items():
+        if names:
+            hook = functools.partial(_take_copies, path=path, names=names, found=found)
+            handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+    if handles:
+        try:
+            with frozen_state(model), torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
+                args, kwargs = map_tensors(inputs, fake.from_tensor)
+                with fake:
+                    model(*args, **kwargs)
+        except Exception as error:  # then those modules cannot be traced either
+            log.info("the dense model does not run on fake tensors: %s: %s", type(error).__name__, error)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def _take_copies(module: nn.Module, args: Any, kwargs: Any, *, path: str, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
+    if path not in found:
+        arguments = bind_arguments(module, (args, kwargs))
+        found[path] = {name: copy_state(arguments[name]) for name in names}
+
+
+def _is_opaque(value: Any) -> bool:
+    if isinstance(value, dict):
+        return False
+    return not is_plain(value) and not any(True for _ in tensors_in(value, kind=fx.Node))
+
+
+def copy_state(value: Any) -> Any:
+    """A deep copy that shares its tensors."""
+    memo: dict[int, Any] = {}
+    _tensors_below(value, memo, set())
+    return copy.deepcopy(value, memo)
+
+
+def _tensors_below(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        memo[id(value)] = value
+        return
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, type) else ()
+    for one in below:
+        _tensors_below(one, memo, seen)
+
+
 class _Generator:
     """Generates the forward of one module."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, path: str, replay: Replay, forward: fx.Graph, arguments: Mapping[str, Any]
+        self, model: nn.Module, module: nn.Module, path: str, replay: Replay, forward: fx.Graph, arguments: Arguments, fake: FakeTensorMode
     ) -> None:
         self.model, self.module, self.path, self.replay = model, module, path, replay
-        self.forward, self.arguments = forward, arguments
+        self.forward, self.arguments, self.fake = forward, arguments, fake
         dense = [n for n in replay.significant(replay.ops, dense=True) if self._inside(n)]
         first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
         self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
@@ -87,20 +193,14 @@ class _Generator:
 
     def run(self) -> tuple[str, dict[str, Any]]:
         """Source of the forward, and the objects that its names refer to."""
-        blanks = {k: map_tensors(v, self._blank, fx.Node) for k, v in self.arguments.items()}
-        with torch.no_grad(), plain_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            values = {k: map_tensors(v, fake.from_tensor) for k, v in blanks.items()}
+        values = self.arguments.values(self.replay.alignment.expected_shape)
+        with torch.no_grad(), plain_kernels(), self.fake:
             self._interpret(self.forward, values)
         _live_training(self.forward)
         self.forward.lint()
         code = self.forward.python_code("self")
         body = code.src[code.src.index("\n", code.src.index("def forward(")) :]
-        return header(self.module, self.arguments) + body, dict(code.globals)
-
-    def _blank(self, node: fx.Node) -> Tensor:
-        """An argument as the compact module gets it."""
-        meta = node.meta["tensor"]
-        return torch.empty(self.replay.alignment.expected_shape(node), dtype=meta.dtype, device=meta.device)
+        return header(self.module, self.arguments.nodes) + body, dict(code.globals)
 
     # -- running beside the plan ----------------------------------------------------------------
 

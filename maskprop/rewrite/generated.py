@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def generated_class(base: type, source: str, objects: dict[str, Any]) -> type:
@@ -23,6 +23,14 @@ def generated_class(base: type, source: str, objects: dict[str, Any]) -> type:
     """
     imports = tuple(sorted((name, _address(value)) for name, value in objects.items() if _address(value) is not None))
     return build_class(base, source, imports)
+
+
+def update_cache(cache: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """``cache.update(keys, values, ...)``; without a cache, the keys and values themselves."""
+    if cache is None:
+        return keys, values
+    found: tuple[Tensor, Tensor] = cache.update(keys, values, *args, **kwargs)
+    return found
 
 
 Imports = tuple[tuple[str, tuple[str, str]], ...]

@@ -207,6 +207,27 @@ def _apply_step(edits: Edits, step: dict[str, Any], trust_code: bool) -> None:
             edits.set_attribute(module, name, _decode(new))
 
 
+def sub_record(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a record that concerns one submodule, as a record of its own."""
+    dot = prefix + "."
+
+    def cut(table: dict[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(dot): value for name, value in table.items() if name.startswith(dot)}
+
+    def own(table: dict[str, Any]) -> dict[str, Any]:
+        return ({"": table[prefix]} if prefix in table else {}) | cut(table)
+
+    dense = record["dense"]
+    steps = []
+    for step in record["steps"]:
+        plan = step["plan"]
+        named = [{**a, "name": a["name"].removeprefix(dot)} for a in plan["add"] if a["name"].startswith(dot)]
+        tables = {key: cut(plan[key]) for key in ("shapes", "keep", "new_bias")}
+        steps.append({"plan": {**plan, **tables, "add": named, "attributes": []}, "modules": own(step["modules"])})
+    architecture = {**dense, "tensors": cut(dense["tensors"]), "modules": own(dense["modules"])}
+    return {**record, "dense": architecture, "steps": steps}
+
+
 def obstacles(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Module paths, and why what became of them cannot be written down."""
     for step in record["steps"]:

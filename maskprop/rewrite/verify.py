@@ -134,6 +134,13 @@ def first_difference(graph: Graph, state: Mapping[str, Tensor], alignment: Align
     return ""
 
 
+def compare_outputs(actual: Sequence[tuple[str, Tensor]], expected: Sequence[tuple[str, Tensor]]) -> list[Check]:
+    """Compare what :func:`run_model` gave for two models, output by output."""
+    if len(actual) != len(expected):
+        return [Check("the number of outputs", float("inf"), 0.0)]
+    return [_check(path or "output", a, e) for (_, a), (path, e) in zip(actual, expected, strict=True)]
+
+
 def _check(path: str, actual: Tensor, expected: Tensor) -> Check:
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
