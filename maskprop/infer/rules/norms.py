@@ -229,24 +229,26 @@ def _rows_are_open(op: Op) -> bool:
 
 def _open_mask(node: torch.fx.Node) -> bool:
     """A mask computed from no input, every row of which has a finite element."""
-    cache: dict[torch.fx.Node, Tensor] = {}
+    cache: dict[
+        torch.fx.Node, Tensor | None
+    ] = {}  # what depends on an input is remembered too: paths multiply
 
     def value(n: torch.fx.Node) -> Tensor | None:
-        if n.op != "call_function":
-            return None
         if n not in cache:
-            inputs = [value(i) for i in n.all_input_nodes]
-            if any(i is None for i in inputs):
-                return None
-            result = (
-                Op(n).run(*[i for i in inputs if i is not None])
-                if isinstance(n.target, torch._ops.OpOverload)
-                else None
-            )
-            if not isinstance(result, Tensor):
-                return None
-            cache[n] = result
+            cache[n] = computed(n)
         return cache[n]
+
+    def computed(n: torch.fx.Node) -> Tensor | None:
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
+            return None
+        inputs: list[Tensor] = []
+        for source in n.all_input_nodes:
+            found = value(source)
+            if found is None:
+                return None
+            inputs.append(found)
+        result = Op(n).run(*inputs)
+        return result if isinstance(result, Tensor) else None
 
     if any(i.op != "call_function" and len(i.meta["tensor"].shape) > 3 for i in node.all_input_nodes):
         return False
