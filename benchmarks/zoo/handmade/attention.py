@@ -181,7 +181,7 @@ class LlamaBlock(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = repeat_kv(k, self.num_key_value_groups), repeat_kv(v, self.num_key_value_groups)
         scores = q @ k.transpose(2, 3) * self.head_dim**-0.5
-        scores = scores + torch.full(scores.shape[-2:], float("-inf")).triu(1)
+        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
         context = (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
         x = x + self.o_proj(context.reshape(*x.shape[:-1], -1))
         h = self.norm2(x)
@@ -204,8 +204,9 @@ class Llama(nn.Module):
         angles = torch.outer(torch.arange(ids.size(1)).float(), self.inv_freq)
         angles = torch.cat((angles, angles), dim=-1)
         x = self.embed(ids)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.blocks:
-            x = block(x, angles.cos(), angles.sin())
+            x = block(x, cos, sin)
         return self.lm_head(self.norm(x))
 
 
