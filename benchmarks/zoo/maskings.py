@@ -17,6 +17,7 @@ The layer that is called last is never masked. A masking that a model has no pla
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -266,7 +267,7 @@ def make_masks(
     """The maskings that a model has a place for.
 
     Args:
-        model: the model; it is run once, and left as it was.
+        model: the model; a copy of it is run once.
         inputs: what it is run with.
         names: of the wanted maskings; all by default.
         seed: of the random choices.
@@ -275,29 +276,18 @@ def make_masks(
     Returns:
         Masking name -> masks by ``"module.parameter"``, 1 = keep.
     """
-    training = [module for module in model.modules() if module.training]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in frozen:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        structure = Structure(model, inputs)
-        found = {}
-        for name in MASKINGS if names is None else names:
-            masks = MASKINGS[name](structure, torch.Generator().manual_seed(seed))
-            masks = _once_a_parameter(model, masks)
-            if full:
-                parameters = dict(model.named_parameters())
-                masks = {key: mask.expand(parameters[key].shape).clone() for key, mask in masks.items()}
-            if masks:
-                found[name] = masks
-        return found
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = True
+    model = copy.deepcopy(model).eval().requires_grad_(True)  # modules may cache what they compute
+    structure = Structure(model, inputs)
+    found = {}
+    for name in MASKINGS if names is None else names:
+        masks = MASKINGS[name](structure, torch.Generator().manual_seed(seed))
+        masks = _once_a_parameter(model, masks)
+        if full:
+            parameters = dict(model.named_parameters())
+            masks = {key: mask.expand(parameters[key].shape).clone() for key, mask in masks.items()}
+        if masks:
+            found[name] = masks
+    return found
 
 
 def _once_a_parameter(model: nn.Module, masks: Masks) -> Masks:

@@ -25,7 +25,7 @@ def randomise(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
     that signals neither explode nor vanish with depth and attention is not uniform.
 
     Args:
-        model: the model; its train mode is kept.
+        model: the model; it is left in eval mode.
         inputs: what the forward pass is called with.
         seed: of the generator that all values come from.
 
@@ -160,10 +160,6 @@ def _calibrate(
                 hook(module.register_forward_hook, scale_output)
             if _running_statistics(module) is not None:
                 hook(module.register_forward_pre_hook, set_statistics)
-        training = [module for module in modules if module.training]
         model.eval()
-        try:
-            call(model, inputs)
-        finally:
-            for module in training:
-                module.training = True
+        call(model, inputs)
+    model.train().eval()  # drops what modules have cached in the meantime

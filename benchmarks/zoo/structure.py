@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -175,14 +177,26 @@ class Structure:
         calls: dict[str, Call] = {}
         source: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+        by_weight = {id(layer.module._parameters.get("weight")): layer for layer in self.layers}
+
+        def note(layer: Layer, x: torch.Tensor, output: torch.Tensor) -> None:
+            calls.pop(layer.name, None)
+            calls[layer.name] = Call(layer, x, output)
+            source[output] = layer
+
         def record(layer: Layer) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if args and isinstance(output, torch.Tensor):
-                    calls.pop(layer.name, None)
-                    calls[layer.name] = Call(layer, args[0], output)
-                    source[output] = layer
+                    note(layer, args[0], output)
 
             return hook
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            """``F.linear``; some models apply a layer's weight without calling the layer."""
+            output = plain_linear(x, weight, bias)
+            if id(weight) in by_weight:
+                note(by_weight[id(weight)], x, output)
+            return output
 
         def pair(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -192,7 +206,8 @@ class Structure:
 
             return hook
 
-        with ExitStack() as stack, torch.enable_grad():
+        plain_linear = F.linear
+        with ExitStack() as stack, torch.enable_grad(), mock.patch.object(F, "linear", linear):
             for layer in self.layers:
                 stack.callback(layer.module.register_forward_hook(record(layer)).remove)
             for name, module in self.model.named_modules():

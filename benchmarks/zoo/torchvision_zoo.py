@@ -69,8 +69,8 @@ for _name in ("mobilenet_v2", "mobilenet_v3_large"):
     _build = partial(backbone_utils.mobilenet_backbone, _name, fpn=True, weights=None)
     TORCHVISION.add(Specimen(f"{_name}_fpn", _build, images(3, 96, 96)))
 
-for _name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"):
+for _name in ("r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t"):
     TORCHVISION.add(Specimen(_name, partial(models.get_model, _name), images(3, 16, 64, 64)))
-for _name in ("mvit_v1_b", "mvit_v2_s"):  # their builders fix the size of the video
+for _name in ("s3d", "mvit_v1_b", "mvit_v2_s"):  # these fix the size of the video
     _build = partial(models.get_model, _name)
     TORCHVISION.add(Specimen(_name, _build, images(3, 16, 224, 224), batch=1, fresh=(1, 2)))
