@@ -295,6 +295,26 @@ def test_nni_evaluator(name: str) -> None:
     assert all(torch.equal(m, native_masks[p][k]) for p, own in masks.items() for k, m in own.items())
 
 
+def test_nni_pruners_that_train_first() -> None:
+    for make in (
+        lambda m, e, c: mp.SlimPruner(
+            m, [{"op_types": ["BatchNorm2d"], "total_sparsity": 0.5}], e, training_steps=4
+        ),
+        lambda m, e, c: mp.MovementPruner(m, c, e, warmup_step=1, cooldown_begin_step=5, training_steps=6),
+        lambda m, e, c: mp.ADMMPruner(m, c, e, iterations=2, training_epochs=1),
+    ):
+        model = network()
+        before = model[0].weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        evaluator = mp.TorchEvaluator(training_func, optimizer, training_step, dummy_input=X)
+        pruner = make(model, evaluator, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+        _, masks = pruner.compress()
+        pruner.unwrap_model(bake=False)
+        assert not torch.equal(model[0].weight, before)
+        assert sum(pruner.removal.kept.values()) == 7
+        ModelSpeedup(model, X, masks).speedup_model()
+
+
 def test_nni_schedule() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

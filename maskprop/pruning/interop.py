@@ -108,7 +108,7 @@ def semi_structured_masks(model: nn.Module, *, ignore: Iterable[str] = ()) -> Ne
 class SemiStructuredReplacer:
     """Stores 2:4 weights compressed, on a GPU that multiplies them so.
 
-    It is the last step: ``SemiStructuredReplacer().replace_modules(speedup)`` after ``speedup.speedup_model()``.
+    The last step: ``SemiStructuredReplacer().replace_modules(speedup)`` after ``speedup.speedup_model()``.
     The converted weights do not train.
     """
 

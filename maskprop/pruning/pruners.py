@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from maskprop.errors import OptionError, RatioError, ScoreError
 from maskprop.pruning import scores
 from maskprop.pruning.choose import choose
+from maskprop.pruning.config import Config
 from maskprop.pruning.groups import Group
 from maskprop.pruning.masking import apply_masks
 from maskprop.pruning.pruner import Pruner
@@ -110,6 +112,11 @@ class SlimPruner(Pruner):
     def _norms(self, group: Group) -> list[str]:
         return [m.name for m in scores.BatchNormScale()._members(group)]
 
+    def train(self) -> None:
+        """With an NNI evaluator: train with the regulariser."""
+        if self.evaluator is not None:
+            self.evaluator.train(self.model, max_steps=self.training_steps, penalty=self.penalty)
+
     def penalty(self) -> Tensor:
         """``regular_scale * sum of |gamma|`` over the batch norms of the groups to prune."""
         weights = named_weights(self.model)
@@ -195,18 +202,44 @@ class MovementPruner(Pruner):
 
     The training loop calls :meth:`step` after each ``backward()``, before gradients are cleared; the score
     of a unit
-    is the sum of ``-weight * gradient`` over the steps.
+    is the sum of ``-weight * gradient`` over the steps. With an NNI evaluator :meth:`compress` trains first.
+
+    Args:
+        model, config, evaluator, training_steps, options: see :class:`Pruner`.
+        warmup_step: steps at the start that do not count.
+        cooldown_begin_step: steps from here on do not count.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config = 0.5,
+        evaluator: Any = None,
+        warmup_step: int = 0,
+        cooldown_begin_step: int | None = None,
+        training_steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config, evaluator, training_steps, **options)
         self._sums = {
             name: torch.zeros(group.parts, dtype=torch.float64) for name, (group, _) in self.plan.items()
         }
-        self._steps = 0
+        self._counted = range(
+            warmup_step, sys.maxsize if cooldown_begin_step is None else cooldown_begin_step
+        )
+        self._steps = self._seen = 0
+
+    def train(self) -> None:
+        """With an NNI evaluator: train, and watch the weights move."""
+        if self.evaluator is not None:
+            self.evaluator.train(self.model, max_steps=self.training_steps, before_step=self.step)
 
     def step(self) -> None:
         """Read the gradients of this step."""
+        self._steps += 1
+        if self._steps - 1 not in self._counted:
+            return
+        self._seen += 1
         weights = named_weights(self.model)
         for name, (group, _) in self.plan.items():
             for member in group.producers:
@@ -214,11 +247,10 @@ class MovementPruner(Pruner):
                 if parameter.grad is not None:
                     product = -(parameter.detach() * parameter.grad.detach())
                     self._sums[name] += group.rows(member, product).double().sum(1).cpu()
-        self._steps += 1
 
     def score(self, group: Group) -> Tensor:
         """The accumulated movement of a group's units."""
-        if not self._steps:
+        if not self._seen:
             raise ScoreError(
                 "MovementPruner has seen no gradient. Call pruner.step() after each backward() while the "
                 "model trains, then compress()."
@@ -235,20 +267,44 @@ class ADMMPruner(Pruner):
     U)``,
     ``U += W - Z``. :meth:`compress` then prunes by the L2 norm.
 
+    With an NNI evaluator :meth:`compress` does all of that.
+
     Args:
-        *args: see :class:`Pruner`.
+        model, config, evaluator, options: see :class:`Pruner`.
+        iterations: with an evaluator, how often it trains and projects.
+        training_epochs: with an evaluator, epochs an iteration.
         rho: weight of the penalty.
-        **options: see :class:`Pruner`.
     """
 
     default_score = scores.L2
 
-    def __init__(self, *args: Any, rho: float = 1e-3, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.rho = rho
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config = 0.5,
+        evaluator: Any = None,
+        iterations: int = 1,
+        training_epochs: int | None = None,
+        *,
+        rho: float = 1e-3,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config, evaluator, **options)
+        self.rho, self.iterations, self.training_epochs = rho, iterations, training_epochs
         names = dict.fromkeys(m.name for g, _ in self.plan.values() for m in g.producers)
         self._dual = {n: torch.zeros_like(named_weights(model=self.model)[n]) for n in names}
         self._target = {n: named_weights(self.model)[n].detach().clone() for n in names}
+
+    def train(self) -> None:
+        """With an NNI evaluator: iterate."""
+        for _ in range(self.iterations if self.evaluator is not None else 0):
+            self.evaluator.train(
+                self.model,
+                max_steps=self.training_steps,
+                max_epochs=self.training_epochs,
+                penalty=self.penalty,
+            )
+            self.step()
 
     def penalty(self) -> Tensor:
         """``rho / 2 * sum of |W - Z + U|^2``, to be added to the loss."""
