@@ -20,8 +20,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"maskprop {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in load_commands():
-        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        examples = f"examples:\n{command.examples}" if command.examples else None
+        sub = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         sub.set_defaults(run=command.run)
     return parser
 
@@ -33,16 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error of maskprop, which is written to stderr without a traceback.
-        A command line that does not parse raises `SystemExit(2)`, as argparse does.
+        The exit status: 0; 1 after an error, which is written to stderr on one line (with `--debug`, the
+        traceback too); 3 if `verify` finds that outputs differ. A command line that does not parse raises
+        `SystemExit(2)`, as argparse does.
     """
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except MaskpropError as error:
-        Console(stderr=True).print(
-            f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    except BrokenPipeError:  # whoever read the output has seen enough
+        return 1
+    except Exception as error:  # a user's factory, model or file may raise anything
+        console = Console(stderr=True)
+        if arguments.debug:
+            console.print_exception()
+        text = " ".join(str(error).split()) if isinstance(error, MaskpropError) else _foreign(error)
+        console.print(
+            f"{type(error).__name__}: {text}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _foreign(error: Exception) -> str:
+    """The first line of an error that is not maskprop's, and how to see where it came from."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{first} (run again with --debug for the traceback)"

@@ -24,6 +24,10 @@ class OptionError(MaskpropError, ValueError):
     """An argument has a value that the function does not take."""
 
 
+class ModelNameError(OptionError):
+    """A model's name on the command line is not understood, or names nothing that is there."""
+
+
 class StageError(MaskpropError, RuntimeError):
     """A method was called before the stage that it needs, or twice where once is the rule."""
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NAMES = ("demo",)
+NAMES = ("demo", "inspect", "prune", "compact", "verify", "bench", "export", "show", "completion")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Command:
     Attributes:
         name: what the user types.
         help: one sentence.
+        examples: command lines that the command's own help ends with.
         add_arguments: adds the command's options to its parser.
         run: takes the parsed arguments and returns the exit status. It raises `MaskpropError` for what the
             user can mend.
@@ -30,6 +31,7 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    examples: str = ""
 
 
 def load_commands() -> list[Command]:

@@ -223,7 +223,9 @@ def sub_record(record: dict[str, Any], prefix: str) -> dict[str, Any]:
         plan = step["plan"]
         named = [{**a, "name": a["name"].removeprefix(dot)} for a in plan["add"] if a["name"].startswith(dot)]
         tables = {key: cut(plan[key]) for key in ("shapes", "keep", "new_bias")}
-        steps.append({"plan": {**plan, **tables, "add": named, "attributes": []}, "modules": own(step["modules"])})
+        steps.append(
+            {"plan": {**plan, **tables, "add": named, "attributes": []}, "modules": own(step["modules"])}
+        )
     architecture = {**dense, "tensors": cut(dense["tensors"]), "modules": own(dense["modules"])}
     return {**record, "dense": architecture, "steps": steps}
 

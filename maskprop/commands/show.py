@@ -1,0 +1,97 @@
+"""`maskprop show`: what a saved plan says, without building the model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from maskprop.commands import Command
+from maskprop.commands.options import add_json, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The directory and how much to tell."""
+    parser.add_argument(
+        "directory",
+        type=Path,
+        metavar="DIR",
+        help="a directory that maskprop.save or `maskprop compact` wrote",
+    )
+    parser.add_argument("--code", action="store_true", help="also print generated forwards")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the plan and print it."""
+    from rich.console import Console
+
+    from maskprop.storage import read_plan
+
+    saved = read_plan(arguments.directory)
+    if arguments.json:
+        write_json({"versions": saved.versions, "source": saved.source, "parts": saved.records})
+        return 0
+    console = Console()
+    made = f"maskprop {saved.versions['maskprop']}, torch {saved.versions['torch']}"
+    console.print(
+        f"{arguments.directory}: saved with {made}" + (f", from {saved.source}" if saved.source else ""),
+        highlight=False,
+    )
+    for path, record in saved.records.items():
+        for number, step in enumerate(record["steps"], 1):
+            place = f" of '{path}'" if path else ""
+            console.print(_table(f"speedup {number}{place}", step["plan"]))
+            for line in _changes(step["modules"], arguments.code):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _table(title: str, plan: dict[str, Any]) -> object:
+    from rich.table import Table
+
+    from maskprop.reasons import ranges
+
+    table = Table("tensor", "shape", "axis", "kept", "units", title=title)
+    for name, keeps in plan["keep"].items():
+        shape = "×".join(map(str, plan["shapes"][name]))
+        for keep in keeps:
+            ragged = bool(keep["over"])
+            index = [] if ragged else keep["index"]
+            size = plan["shapes"][name][keep["axis"]]
+            units = (
+                "another choice along axes " + ", ".join(map(str, keep["over"])) if ragged else ranges(index)
+            )
+            count = "" if ragged else f"{len(index)} of {size}"
+            table.add_row(name, shape, str(keep["axis"]), count, units)
+    return table
+
+
+def _changes(modules: dict[str, Any], code: bool) -> list[str]:
+    lines = []
+    for path, change in modules.items():
+        for name, (old, new) in change["attributes"].items():
+            lines.append(f"{path or 'model'}.{name}: {_value(old)} → {_value(new)}")
+        if "class" in change:
+            source = change["class"].get("source")
+            lines.append(
+                f"{path or 'model'}: generated forward"
+                if source
+                else f"{path}: becomes {change['class']['name']}"
+            )
+            if source and code:
+                lines.append(source)
+    return lines
+
+
+def _value(value: Any) -> Any:
+    return tuple(value["tuple"]) if isinstance(value, dict) else value
+
+
+COMMAND = Command(
+    "show",
+    "Show the plan of a saved model.",
+    add_arguments,
+    run,
+    "  maskprop show small\n  maskprop show small --code\n  maskprop show small --json",
+)

@@ -1,0 +1,354 @@
+"""Hugging Face: compact models through ``save_pretrained`` and ``from_pretrained``.
+
+Where the config can express the result (one width in all layers), the directory is an ordinary one that loads
+without maskprop. Where it cannot, the plan is stored beside the weights, and after ``import maskprop.hf``
+every ``Auto*``
+class loads it: transformers lets a registered quantiser change the modules on the meta device before the
+weights are read, and that is where the plan is applied. The loaded model is not flagged as quantised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import json
+import logging
+import os
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from maskprop._extras import require
+from maskprop._torchvision import import_torchvision
+from maskprop.align.plan import Plan
+from maskprop.errors import LoadError, MissingExtraError, SaveError
+from maskprop.rewrite.steps import apply_record, obstacles, read_record, sub_record
+from maskprop.rewrite.verify import compare_outputs, run_model
+from maskprop.storage import PathLike, to_text
+
+with contextlib.suppress(MissingExtraError):
+    import_torchvision()  # before transformers, which imports it on its own
+transformers = require("transformers", "hf", "maskprop.hf")
+from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
+from transformers.quantizers.base import HfQuantizer  # noqa: E402
+from transformers.utils.hub import cached_file  # noqa: E402
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+METHOD = "maskprop"
+PLAN = "maskprop.json"
+BUFFERS = "maskprop.safetensors"
+_trust: contextvars.ContextVar[bool] = contextvars.ContextVar("trust_code", default=False)
+
+
+def save_pretrained(model: Any, directory: PathLike, **options: Any) -> None:
+    """``model.save_pretrained(directory)`` for a compact model.
+
+    Args:
+        model: a ``PreTrainedModel`` that was sped up (one that was not is saved as ever); left as it is.
+        directory: what ``from_pretrained`` takes. With one width in all layers the config says it; otherwise
+            a file ``maskprop.json`` is written too, and loading needs ``import maskprop.hf``.
+        options: for the model's own ``save_pretrained``, such as ``max_shard_size``.
+
+    Raises:
+        SaveError: something in the model cannot be written down, or the files cannot be written.
+    """
+    record = read_record(model)
+    target = Path(directory)
+    config = model.config
+    try:
+        if record is None:
+            model.save_pretrained(directory, **options)
+            return
+        for path, obstacle in obstacles(record):
+            raise SaveError(f"'{path}' cannot be saved as data: {obstacle}. Save the model with torch.save.")
+        expressed = _expressing_config(model, record)
+        if expressed is None:
+            expressed = copy.deepcopy(config)
+            expressed.quantization_config = {"quant_method": METHOD, "plan_file": PLAN}
+            _write_plan(model, target, record)
+        else:
+            for stale in (PLAN, BUFFERS):
+                (target / stale).unlink(missing_ok=True)
+        model.config = expressed
+        model.save_pretrained(directory, **options)
+    except OSError as error:
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(
+            f"the model could not be saved to '{target}': {error}. Free space, or choose another directory."
+        ) from error
+    finally:
+        model.config = config
+
+
+def load_pretrained(directory: PathLike, *, trust_code: bool = False, **options: Any) -> nn.Module:
+    """Load a directory with the class that its config names, compact or not.
+
+    Args:
+        directory: written by ``save_pretrained``, this module's or a model's own.
+        trust_code: see :func:`maskprop.load`.
+        options: for ``from_pretrained``.
+
+    Raises:
+        LoadError: the config names no class of transformers, or the plan is damaged.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory)
+    name = (config.architectures or ["no class"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise LoadError(
+            f"config.json in '{directory}' names {name}, which transformers does not have. Load it with its "
+            f"own class."
+        )
+    token = _trust.set(trust_code)
+    try:
+        model: nn.Module = cls.from_pretrained(directory, **options)
+    finally:
+        _trust.reset(token)
+    return model
+
+
+# -- loading, as transformers asks for it -------------------------------------------------------
+
+
+@register_quantization_config(METHOD)
+class PlanConfig(QuantizationConfigMixin):
+    """The entry in ``config.json`` that says that there is a plan."""
+
+    def __init__(self, plan_file: str = PLAN, quant_method: str = METHOD, **options: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs are an enumeration
+        self.plan_file = plan_file
+
+
+@register_quantizer(METHOD)
+class PlanQuantizer(HfQuantizer):
+    """Applies a plan to the model on the meta device. Nothing is quantised."""
+
+    def preprocess_model(self, model: Any, dtype: Any = None, **options: Any) -> None:
+        """Make the dense skeleton compact, before the weights are read."""
+        self._buffers: dict[str, Tensor] = {}
+        data, folder = self._read(model, options.get("checkpoint_files"))
+        record, part, prefix = _fit(data, model)
+        left_out = _hidden_buffers(part)
+        apply_record(part, record, _trust.get())
+        if (folder / BUFFERS).is_file():
+            saved = load_file(folder / BUFFERS)
+            root = data["prefix"] + "." if prefix else ""
+            self._buffers = {name.removeprefix(root): t for name, t in saved.items() if name.startswith(root)}
+            for name in self._buffers:  # transformers fills these by itself, at their dense size
+                owner, _, key = name.rpartition(".")
+                part.get_submodule(owner)._buffers[key] = left_out[name]
+        self._part = part
+
+    def postprocess_model(self, model: Any, **options: Any) -> None:
+        """Take every trace of quantisation away, and put the compact hidden buffers in."""
+        for name, value in self._buffers.items():
+            owner, _, key = name.rpartition(".")
+            module = self._part.get_submodule(owner)
+            old = module._buffers[key]
+            assert old is not None
+            module._buffers[key] = value.to(old.device)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            module.__dict__.pop("is_quantized", None)
+        self._buffers, self._part = {}, nn.Module()
+
+    def _read(self, model: Any, files: list[str] | None) -> tuple[dict[str, Any], Path]:
+        """The plan beside the weights, or from where the model came."""
+        name = str(getattr(self.quantization_config, "plan_file", PLAN))
+        folder = Path(files[0]).parent if files else Path(str(model.config.name_or_path))
+        if not (folder / name).is_file():
+            found = cached_file(
+                str(model.config.name_or_path), name, _raise_exceptions_for_missing_entries=False
+            )
+            if found is None:
+                raise LoadError(
+                    f"'{folder}' holds no {name}, which its config.json asks for. Restore the file from "
+                    f"where the model came."
+                )
+            folder = Path(found).parent
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+            if not {"prefix", "record"} <= data.keys():
+                raise ValueError("it has no 'prefix' or 'record'")
+        except (OSError, ValueError, AttributeError) as error:
+            raise LoadError(
+                f"{name} in '{folder}' is damaged ({error}). Restore the file from where the model came."
+            ) from error
+        return data, folder
+
+    def is_serializable(self) -> bool:
+        """The compact model saves as ever."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The compact model trains as ever."""
+        return True
+
+
+def _fit(data: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Module, str]:
+    """The record for this class, the module that it belongs to, and the prefix that was cut off.
+
+    A directory of a causal language model also serves its base model, and other heads on that base.
+    """
+    record = data["record"]
+    if record["dense"]["modules"][""][0] == type(model).__name__:
+        return record, model, ""
+    prefix = data["prefix"]
+    if prefix and prefix in record["dense"]["modules"]:
+        record = sub_record(record, prefix)
+    else:
+        prefix = ""
+    own = str(getattr(model, "base_model_prefix", ""))
+    part = getattr(model, own, model) if own else model
+    return record, part, prefix
+
+
+def _hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint does not hold."""
+    found = {}
+    for path, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            value = module._buffers.get(key)
+            if value is not None:
+                found[f"{path}.{key}" if path else key] = value
+    return found
+
+
+# -- saving -------------------------------------------------------------------------------------
+
+
+def _write_plan(model: nn.Module, target: Path, record: dict[str, Any]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    text = to_text({"prefix": prefix if hasattr(model, prefix) else "", "record": record})
+    _replace(target / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
+    sliced = {name for step in record["steps"] for name in step["plan"]["keep"]}
+    buffers = {n: t.detach().contiguous().clone() for n, t in _hidden_buffers(model).items() if n in sliced}
+    if buffers:
+        _replace(target / BUFFERS, lambda path: save_file(buffers, path))
+    else:
+        (target / BUFFERS).unlink(missing_ok=True)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file beside and rename it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# -- a config that says it ----------------------------------------------------------------------
+
+
+def _expressing_config(model: nn.Module, record: dict[str, Any]) -> Any:
+    """A config whose dense model is the compact one: same shapes, same outputs; ``None`` if there is none."""
+    if any("class" in change for step in record["steps"] for change in step["modules"].values()):
+        return None
+    sizes = _sizes(record)
+    if sizes is None:
+        return None
+    inputs = _example(model)
+    if inputs is None:
+        return None
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    choices = [(field, new) for field, value in _fields(model.config) for new in _new_values(value, sizes)]
+    for count in range(1, min(len(choices), 4) + 1):
+        for changes in combinations(choices, count):
+            if len({field for field, _ in changes}) < count:
+                continue
+            config = copy.deepcopy(model.config)
+            for field, new in changes:
+                setattr(config, field, new)
+            if _expresses(model, config, shapes, inputs):
+                return config
+    return None
+
+
+def _sizes(record: dict[str, Any]) -> dict[int, int] | None:
+    """New size by old size; ``None`` where one size became several, or a module got a bias."""
+    found: dict[int, int] = {}
+    for step in record["steps"]:
+        plan = Plan.from_dict(step["plan"])
+        if plan.new_bias:
+            return None
+        for name, keeps in plan.keep.items():
+            for keep in keeps:
+                old = plan.shapes[name][keep.axis]
+                if found.setdefault(old, keep.count) != keep.count:
+                    return None
+    return found
+
+
+def _fields(config: Any) -> list[tuple[str, int]]:
+    """Whole-number fields of a config that may name a size."""
+    skip = {
+        "vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "num_hidden_layers",
+        "max_position_embeddings",
+    }
+    return [
+        (k, v)
+        for k, v in vars(config).items()
+        if type(v) is int and v > 1 and k not in skip and not k.startswith("_")
+    ]
+
+
+def _new_values(value: int, sizes: dict[int, int]) -> list[int]:
+    """What a field may become: the new size, or as many parts (heads) of the old one as are left."""
+    found = []
+    for old, new in sizes.items():
+        if value == old:
+            found.append(new)
+        elif old % value == 0 and new % (old // value) == 0:
+            found.append(new // (old // value))
+    return list(dict.fromkeys(v for v in found if v != value and v > 0))
+
+
+def _expresses(
+    model: nn.Module, config: Any, shapes: dict[str, tuple[int, ...]], inputs: dict[str, Tensor]
+) -> bool:
+    """Whether the config's own model has these shapes, and with these weights the same outputs."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            candidate = type(model)(config)
+        if {name: tuple(t.shape) for name, t in candidate.state_dict().items()} != shapes:
+            return False
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # for real: buffers that no checkpoint holds must come out right
+            candidate = type(model)(config).eval()
+        candidate.load_state_dict(model.state_dict(), assign=True)
+        candidate.to(next(model.parameters()).device)
+        checks = compare_outputs(run_model(candidate, ((), inputs)), run_model(model, ((), inputs)))
+        return all(check.passed for check in checks)
+    except Exception as error:  # a config that its own model does not take
+        log.debug("no such config: %s: %s", type(error).__name__, error)
+        return False
+
+
+def _example(model: nn.Module) -> dict[str, Tensor] | None:
+    """Inputs that the model takes, or ``None`` if none can be guessed."""
+    from maskprop.commands.sources import hugging_face_inputs
+    from maskprop.errors import OptionError
+
+    first = next(model.parameters())
+    try:
+        made = hugging_face_inputs(model, model.config, 2, torch.Generator().manual_seed(0))
+    except OptionError:
+        return None
+    return {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in made.items()}
