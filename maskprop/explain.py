@@ -15,6 +15,7 @@ from maskprop.align.align import Alignment
 from maskprop.errors import OptionError
 from maskprop.graph.graph import is_op, shape_of
 from maskprop.infer.coupling import Pin
+from maskprop.infer.facts import Fact
 from maskprop.infer.sweep import Inference
 from maskprop.reasons import Explanation, Kept, Reason
 from maskprop.unitfacts import UnitFacts, pins_by_node
@@ -132,7 +133,7 @@ class Explainer:
         writers = tuple(dict.fromkeys(self._writers(chain[-1], sink)))
         own = str(node.target).rpartition(".")[0]
         text = self._sentence(pin, sink, writers, own, self._meeting(route, chain[-1]))
-        return Reason(False, text, _place(sink), writers, _places(route))
+        return Reason(False, text, _place(sink), writers, self._places(route))
 
     @staticmethod
     def _sentence(pin: Pin, sink: fx.Node, writers: tuple[str, ...], own: str, join: fx.Node | None) -> str:
@@ -263,6 +264,22 @@ class Explainer:
         best = min(reached, key=lambda name: len(routes[name]))
         return [self._nodes[name] for name in routes[best]], sinks[best]
 
+    def _places(self, route: Iterable[fx.Node]) -> tuple[str, ...]:
+        """The modules along a route, each once in a row, with the op where values meet."""
+        found: list[str] = []
+        for node in route:
+            if is_op(node) or node.op == "output":
+                place = _place(node)
+                if is_op(node) and sum(self._depends_on_input(s) for s in node.all_input_nodes) > 1:
+                    place = f"{place} ({_op_name(node)})"
+                if not found or found[-1] != place:
+                    found.append(place)
+        return tuple(found)
+
+    def _depends_on_input(self, node: fx.Node) -> bool:
+        fact = self.inference.facts.known.get(node)
+        return not (isinstance(fact, Fact) and fact.total)
+
     def _writers(self, group: int, sink: fx.Node) -> Iterator[str]:
         """Modules that write what varies into the unit, walking back from where it is read."""
         stack, seen = [n for n in sink.all_input_nodes if self._units.live(n, group)], set()
@@ -288,18 +305,6 @@ def _whole(mask: Tensor, ndim: int, axis: int, size: int) -> list[int]:
             pruned = pruned.all(other, keepdim=True)
     flat = pruned.reshape(-1).expand(size) if pruned.numel() == 1 else pruned.reshape(-1)
     return [int(i) for i in flat.nonzero()[:, 0]]
-
-
-def _places(route: Iterable[fx.Node]) -> tuple[str, ...]:
-    """The modules along a route, each once in a row, with the op where values meet."""
-    found: list[str] = []
-    for node in route:
-        if is_op(node) or node.op == "output":
-            meets = sum(s.op != "get_attr" for s in node.all_input_nodes) > 1 and is_op(node)
-            place = f"{_place(node)} ({_op_name(node)})" if meets else _place(node)
-            if not found or found[-1] != place:
-                found.append(place)
-    return tuple(found)
 
 
 def _place(node: fx.Node) -> str:

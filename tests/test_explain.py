@@ -33,7 +33,7 @@ def test_a_pruned_channel_stays_where_it_meets_a_live_one(generator: torch.Gener
     assert kept.text == "it meets 'block.conv2' at add in 'block', where it is live, and 'head' reads it"
     assert kept.reader == "head"
     assert kept.writers == ("block.conv2",)
-    assert kept.path == ("stem", "block (add)", "block", "ConvNet", "head (addmm)")
+    assert kept.path == ("stem", "block (add)", "block", "ConvNet", "head")
     assert found.units[0].text == "'block.conv1' reads it"
     assert "kept 1: it meets 'block.conv2' at add" in str(found)
     assert found.to_dict()["reasons"][0]["units"] == [0, 3, 4, 5, 6, 7]
