@@ -36,6 +36,8 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """``torch.fx`` with companions; see the module's docstring."""
 
+    proxy_buffer_attributes = True
+
     def __init__(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self._module, self._arguments = module, arguments
@@ -161,8 +163,16 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
     Raises:
         CannotTrace: its forward does something that cannot be written down.
     """
-    with torch.no_grad(), plain_kernels(), _symbolic_finfo():
-        graph = _Tracer(module, arguments).trace(module)
+    before = set(vars(module))
+    try:
+        with torch.no_grad(), plain_kernels(), _symbolic_finfo():
+            graph = _Tracer(module, arguments).trace(module)
+    finally:
+        constants = [name for name in vars(module) if name not in before]
+        for name in constants:  # fx leaves computed tensors on the module
+            del module.__dict__[name]
+    if constants:
+        raise CannotTrace("it computes a tensor from values that are not traced")
     for node in reversed(graph.nodes):  # extra keyword arguments that nothing reads
         if node.target is operator.getitem and not node.users and node.args[0].op == "placeholder":
             graph.erase_node(node)

@@ -61,6 +61,7 @@ class Repair:
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
+    _failed: set[str] = field(default_factory=set)
 
     def run(self, alignment: Alignment) -> Alignment:
         """Apply the plan, mending or giving up units until the model follows it.
@@ -171,6 +172,7 @@ class Repair:
         paths = [p for p, m in self.edits.model.named_modules() if type(m) is kind and p not in self.generated]
         mark = self.edits.mark()
         done = generate_forwards(self.edits, self.graph, replay, paths, self.inputs)
+        self._failed = set(paths) - set(done) if done else set()
         after = replay.run(self.edits.model, self.inputs)
         if mismatch.path in done and (after is None or after.index > mismatch.index):
             self.generated.update({p: str(mismatch) for p in done})
@@ -181,7 +183,10 @@ class Repair:
     # -- giving up ------------------------------------------------------------------------------
 
     def _pins(self, alignment: Alignment, mismatch: Mismatch) -> list[Pin]:
-        """Pin what leaves at the op at fault, and at the same op in the other modules of its class."""
+        """Pin what leaves at the op at fault, and at the same op in the other modules of its class.
+
+        Where a forward could be generated for some of those modules, only the others are pinned.
+        """
         if mismatch.op is None:
             return []
         replay = Replay(self.graph, alignment)
@@ -189,7 +194,8 @@ class Repair:
         position = replay.position(mismatch.op)
         found: list[Pin] = []
         for node in replay.ops:
-            if node.meta["module"] is kind and node.target is mismatch.op.target and replay.position(node) == position:
+            alike = node.meta["module"] is kind and node.target is mismatch.op.target and replay.position(node) == position
+            if alike and (mismatch.path not in self._failed or node.meta["path"] in self._failed):
                 found += self._pin_node(alignment, node)
         if not found:  # nothing leaves at the op itself: the module's other ops must be at fault
             for node in replay.ops:

@@ -29,7 +29,7 @@ class Mismatch:
     """The first op that is not what the plan expects.
 
     Attributes:
-        index: progress: how many ops agreed before it.
+        index: progress: where the op stands among the dense ones.
         path: module path.
         op: the dense op, or ``None`` past the end.
         wanted, actual: shapes or scalar arguments.
@@ -61,6 +61,7 @@ class Replay:
         self._constants = {n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
         self._by_path: dict[str, list[fx.Node]] = {}
         self._position: dict[fx.Node, int] = {}
+        self._place = {n: i for i, n in enumerate(self.ops)}
         for node in self.ops:
             mates = self._by_path.setdefault(str(node.meta["path"]), [])
             self._position[node] = len(mates)
@@ -74,12 +75,17 @@ class Replay:
         """Where an op stands among its module's own."""
         return self._position.get(node)
 
-    def significant(self, nodes: Sequence[fx.Node], dense: bool) -> list[fx.Node]:
-        """The ops that are compared: no memory layout, nothing inside replaced modules."""
+    def significant(self, nodes: Sequence[fx.Node], dense: bool, strict: bool = True) -> list[fx.Node]:
+        """The ops that are compared: no memory layout, nothing inside replaced modules, no reshape to the same shape.
+
+        Not ``strict``: no reshape that only adds or drops axes of size 1 either. Authors leave those out where a
+        count is one (``repeat_kv`` with a single query head a group).
+        """
         found = []
         for n in nodes:
             shapes, source = (self.shapes[n], self._input_shape(n)) if dense else (_shapes(n), _in_shape(n))
-            if n.target not in _LAYOUT and "inserted" not in n.meta and not self._idle(shapes, source, n) and not self._inside_replaced(n):
+            skipped = n.target in _LAYOUT or "inserted" in n.meta or self._inside_replaced(n)
+            if not skipped and not self._idle(shapes, source, n, strict):
                 found.append(n)
         return found
 
@@ -102,19 +108,30 @@ class Replay:
 
     def compare(self, actual: list[fx.Node], error: Exception | None, path: str) -> Mismatch | None:
         """The first mismatch between the recorded ops and the expected ones."""
-        dense, compact = self.significant(self.ops, dense=True), self.significant(actual, dense=False)
-        for i, (want, got) in enumerate(zip(dense, compact, strict=False)):
+        found = self._first_mismatch(actual, error, path, strict=True)
+        if found is None:
+            return None
+        lenient = self._first_mismatch(actual, error, path, strict=False)
+        # where both see the same op at fault, the strict one names the reshape before it
+        if lenient is None or found.op is None or lenient.op is None:
+            return lenient
+        return found if found.index >= lenient.index - 3 and found.path == lenient.path else lenient
+
+    def _first_mismatch(self, actual: list[fx.Node], error: Exception | None, path: str, strict: bool) -> Mismatch | None:
+        dense = self.significant(self.ops, dense=True, strict=strict)
+        compact = self.significant(actual, dense=False, strict=strict)
+        for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got)
             if found is not None:
-                return Mismatch(i, str(want.meta["path"]), want, *found)
+                return Mismatch(self._place[want], str(want.meta["path"]), want, *found)
         n = min(len(dense), len(compact))
+        at = dense[n] if n < len(dense) else None
+        index = len(self.ops) if at is None else self._place[at]
         if error is not None:
-            at = dense[n] if n < len(dense) else None
-            return Mismatch(n, path, at, None if at is None else self.shapes[at], "an exception", f"{type(error).__name__}: {error}")
+            return Mismatch(index, path, at, None if at is None else self.shapes[at], "an exception", f"{type(error).__name__}: {error}")
         if len(dense) != len(compact):
-            at = dense[n] if n < len(dense) else None
-            where = str((dense[n] if n < len(dense) else compact[n]).meta["path"])
-            return Mismatch(n, where, at, f"{len(dense)} ops", f"{len(compact)} ops")
+            where = str((at if at is not None else compact[n]).meta["path"])
+            return Mismatch(index, where, at, f"{len(dense)} ops", f"{len(compact)} ops")
         return None
 
     def _input_shape(self, node: fx.Node) -> tuple[int, ...] | None:
@@ -124,10 +141,12 @@ class Replay:
         return self.alignment.expected_shape(source)
 
     @staticmethod
-    def _idle(shapes: tuple[Any, ...], source: tuple[int, ...] | None, node: fx.Node) -> bool:
-        """A reshape or expand to the shape that its input has, up to axes of size 1."""
+    def _idle(shapes: tuple[Any, ...], source: tuple[int, ...] | None, node: fx.Node, strict: bool) -> bool:
+        """A reshape or expand to the shape that its input has (not ``strict``: up to axes of size 1)."""
         if node.target not in _RESHAPES or len(shapes) != 1 or source is None:
             return False
+        if strict:
+            return bool(shapes[0] == source)
         return [n for n in shapes[0] or () if n != 1] == [n for n in source if n != 1]
 
     def differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
