@@ -116,9 +116,7 @@ def _limit_memory(gigabytes: float) -> None:
 # --- the parent -------------------------------------------------------------------------------------------
 
 
-def run_model(
-    zoo: str, name: str, maskings: list[str] | None, skip: list[str], limits: Limits
-) -> Iterator[Row]:
+def run_model(zoo: str, name: str, maskings: list[str] | None, skip: list[str], limits: Limits) -> Iterator[Row]:
     """Runs one model in a process, and in another one for what is left where a masking took too long."""
     skip = list(skip)
     while True:
@@ -132,9 +130,7 @@ def run_model(
             return
 
 
-def _run_process(
-    zoo: str, name: str, maskings: list[str] | None, skip: list[str], limits: Limits
-) -> Iterator[Row]:
+def _run_process(zoo: str, name: str, maskings: list[str] | None, skip: list[str], limits: Limits) -> Iterator[Row]:
     command = [sys.executable, "-m", "benchmarks.coverage", "--worker", zoo, name]
     command += ["--memory-gb", str(limits.memory_gb), "--skip", *skip]
     if maskings is not None:
@@ -196,15 +192,10 @@ def run(
 ) -> None:
     """Runs what the results file does not hold yet, and appends it there."""
     done = read_results(path)
-    keep = {
-        key for key, row in done.items() if redo == "none" or (redo == "failed" and row["outcome"] == "exact")
-    }
+    keep = {key for key, row in done.items() if redo == "none" or (redo == "failed" and row["outcome"] == "exact")}
     finished = {(zoo, model) for zoo, model, masking in keep if masking == "done"}
     models = [
-        (zoo, name)
-        for zoo in zoos
-        for name in load_zoo(zoo)
-        if any(fnmatch.fnmatch(name, glob) for glob in globs)
+        (zoo, name) for zoo in zoos for name in load_zoo(zoo) if any(fnmatch.fnmatch(name, glob) for glob in globs)
     ]
     if maskings is None and redo == "none":
         models = [key for key in models if key not in finished]
@@ -251,9 +242,7 @@ def _announce(row: Row, console: Console) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", nargs="+", default=list(ZOOS), choices=(*ZOOS, "handmade"))
     parser.add_argument("--models", nargs="+", default=["*"], metavar="GLOB")
     parser.add_argument("--maskings", nargs="+", metavar="NAME")

@@ -102,9 +102,7 @@ def _section(title: str, rows: list[Row]) -> Iterable[str]:
         yield "| model | masking | before | after | error | seconds | how |"
         yield "|---|---|---:|---:|---:|---:|---|"
     for row in rows:
-        how = (
-            row.get("how", "") if row["outcome"] == "exact" else f"**{row['outcome']}**: {row.get('detail')}"
-        )
+        how = row.get("how", "") if row["outcome"] == "exact" else f"**{row['outcome']}**: {row.get('detail')}"
         cells = [
             row["model"],
             row["masking"],

@@ -1,10 +1,10 @@
 """Every pruner on handwritten digits: accuracy masked, compact, and after one epoch of fine-tuning.
 
-    python benchmarks/pruners.py [--seeds 3] [--write]
+    python -m benchmarks.pruners [--seeds 3] [--write]
 
-A small residual CNN and a small vision transformer are trained once a seed on scikit-learn's digits; each pruner then
-takes the same share of every group, so that all compact models of a kind cost the same. ``--write`` puts the tables
-into docs/pruners.md.
+A small residual CNN and a small vision transformer are trained once a seed on scikit-learn's digits; each pruner
+then takes the same share of every group, so that all compact models of a kind cost the same. ``--write`` puts the
+tables into docs/pruners.md.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from maskprop import ModelSpeedup
 from maskprop import pruning as mp
 from maskprop.demo.digits import DigitNet, Digits, load_digits
 from maskprop.pruning.scores import Random
 
+ROOT = Path(__file__).parent.parent
 RATIO = 0.25
 STRUCTURED: dict[str, type[mp.Pruner]] = {
     "random": mp.RandomPruner,
@@ -63,9 +61,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (
-            f(y).view(*y.shape[:2], self.heads, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(y).view(*y.shape[:2], self.heads, self.dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.fc2(F.relu(self.fc1(self.norm2(x))))
 
@@ -169,7 +165,8 @@ def table(make: Callable[[], nn.Module], seeds: int, epochs: int) -> list[str]:
     assert len(set(costs.values())) == 1, "the pruners are compared at the same cost"
     after = next(iter(costs.values()))
     lines = [
-        f"Dense: {statistics.mean(dense):.1%} accurate, {before.parameters:,} parameters, {before.flops // 2:,} FLOPs an image. "
+        f"Dense: {statistics.mean(dense):.1%} accurate, {before.parameters:,} parameters, "
+        f"{before.flops // 2:,} FLOPs an image. "
         f"Compact, all pruners: {after.parameters:,} parameters, {after.flops // 2:,} FLOPs.",
         "",
         "| pruner | sees data | masked | compact | after one epoch |",
@@ -179,9 +176,7 @@ def table(make: Callable[[], nn.Module], seeds: int, epochs: int) -> list[str]:
         if runs:
             mean = {k: statistics.mean(r[k] for r in runs) for k in runs[0]}
             sees = "yes" if name in SEES_DATA else ""
-            lines.append(
-                f"| {name} | {sees} | {mean['masked']:.1%} | {mean['compact']:.1%} | {mean['tuned']:.1%} |"
-            )
+            lines.append(f"| {name} | {sees} | {mean['masked']:.1%} | {mean['compact']:.1%} | {mean['tuned']:.1%} |")
     worse = [n for n in SEES_DATA if results[n] and _mean(results[n]) <= _mean(results["random"])]
     verdict = f"No better than random without tuning: {', '.join(sorted(worse))}." if worse else ""
     return [*lines, "", verdict or "Every score that sees data beats random."]
@@ -192,25 +187,24 @@ def _mean(runs: list[dict[str, float]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--only", choices=("cnn", "vit"))
     parser.add_argument("--write", action="store_true", help="put the tables into docs/pruners.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    parts = []
-    for title, make in (("A small residual CNN", small_cnn), ("A small vision transformer", DigitViT)):
-        parts += [f"### {title}", "", *table(make, arguments.seeds, arguments.epochs), ""]
-    text = "\n".join(parts)
-    print(text)
-    if arguments.write:
-        page = ROOT / "docs" / "pruners.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition("<!-- tables -->\n")
-        after = rest.partition("<!-- end of tables -->")[2]
-        page.write_text(f"{before}<!-- tables -->\n{text}<!-- end of tables -->{after}", encoding="utf-8")
+    kinds = {"cnn": ("A small residual CNN", small_cnn), "vit": ("A small vision transformer", DigitViT)}
+    page = ROOT / "docs" / "pruners.md"
+    for kind in [arguments.only] if arguments.only else kinds:
+        title, make = kinds[kind]
+        text = "\n".join([f"### {title}", "", *table(make, arguments.seeds, arguments.epochs), ""])
+        print(text)
+        if arguments.write:
+            start, end = f"<!-- {kind} -->\n", f"<!-- end of {kind} -->"
+            before, _, rest = page.read_text(encoding="utf-8").partition(start)
+            page.write_text(f"{before}{start}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             console.print_exception()
         text = " ".join(str(error).split()) if isinstance(error, MaskpropError) else _foreign(error)
-        console.print(
-            f"{type(error).__name__}: {text}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(f"{type(error).__name__}: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -53,13 +53,10 @@ class Explainer:
         count = len(shape_of(node))
         if not -count <= axis < count:
             raise OptionError(
-                f"explain: '{parameter}' has {count} axes, so axis {axis} does not exist. Choose one of "
-                f"0..{count - 1}."
+                f"explain: '{parameter}' has {count} axes, so axis {axis} does not exist. Choose one of 0..{count - 1}."
             )
         axis %= count
-        return Explanation(
-            parameter, axis, tuple(self._reason(node, axis, i) for i in range(shape_of(node)[axis]))
-        )
+        return Explanation(parameter, axis, tuple(self._reason(node, axis, i) for i in range(shape_of(node)[axis])))
 
     def kept(self) -> list[Kept]:
         """Every unit that a mask prunes whole and that stayed, units of one parameter and reason together."""
@@ -87,13 +84,11 @@ class Explainer:
         inside = [s for s in states if s.startswith(f"{name}.")]
         if inside:
             raise OptionError(
-                f"explain: '{name}' has no weight of its own. Name one of its parameters, such as "
-                f"'{inside[0]}'."
+                f"explain: '{name}' has no weight of its own. Name one of its parameters, such as '{inside[0]}'."
             )
         known = ", ".join(f"'{s}'" for s in list(states)[:4])
         raise OptionError(
-            f"explain: no parameter or module '{name}' takes part in the forward pass. It has {known}, and "
-            f"so on."
+            f"explain: no parameter or module '{name}' takes part in the forward pass. It has {known}, and so on."
         )
 
     def _is_primary(self, name: str) -> bool:
@@ -160,8 +155,7 @@ class Explainer:
             (
                 n
                 for n in route[:-1]
-                if is_op(n)
-                and any(s not in on_route and self._units.live(s, group) for s in n.all_input_nodes)
+                if is_op(n) and any(s not in on_route and self._units.live(s, group) for s in n.all_input_nodes)
             ),
             None,
         )
@@ -203,9 +197,7 @@ class Explainer:
                 if name not in readers.setdefault(text, []):
                     readers[text].append(name)
             parts = [text.format(" and ".join(f"'{n}'" for n in names)) for text, names in readers.items()]
-            self._cache[key] = Reason(
-                True, "; ".join(parts) or "its whole outer unit (a head, a group) leaves"
-            )
+            self._cache[key] = Reason(True, "; ".join(parts) or "its whole outer unit (a head, a group) leaves")
         return self._cache[key]
 
     def _landing(self, group: int) -> Iterator[tuple[str, str]]:
@@ -247,15 +239,11 @@ class Explainer:
     def _units(self) -> UnitFacts:
         return UnitFacts(self.inference, self.alignment)
 
-    def _nearest(
-        self, source: fx.Node, pins: list[Pin], carriers: Iterable[fx.Node]
-    ) -> tuple[list[fx.Node], Pin]:
+    def _nearest(self, source: fx.Node, pins: list[Pin], carriers: Iterable[fx.Node]) -> tuple[list[fx.Node], Pin]:
         """The pin nearest to a parameter, and the way there through values that carry the unit."""
         sinks = dict(pins_by_node(pins))
         nodes = {n.name for n in carriers} | {source.name, *sinks}
-        nodes |= {
-            u.name for n in carriers for u in n.users if sum(s in carriers for s in u.all_input_nodes) > 1
-        }
+        nodes |= {u.name for n in carriers for u in n.users if sum(s in carriers for s in u.all_input_nodes) > 1}
         view = self._dependencies.subgraph(nodes).to_undirected(as_view=True)
         routes = nx.single_source_shortest_path(view, source.name)
         reached = [name for name in sinks if name in routes]

@@ -104,8 +104,7 @@ def load_pretrained(directory: PathLike, *, trust_code: bool = False, **options:
     cls = getattr(transformers, name, None)
     if cls is None:
         raise LoadError(
-            f"config.json in '{directory}' names {name}, which transformers does not have. Load it with its "
-            f"own class."
+            f"config.json in '{directory}' names {name}, which transformers does not have. Load it with its own class."
         )
     token = _trust.set(trust_code)
     try:
@@ -165,9 +164,7 @@ class PlanQuantizer(HfQuantizer):
         name = str(getattr(self.quantization_config, "plan_file", PLAN))
         folder = Path(files[0]).parent if files else Path(str(model.config.name_or_path))
         if not (folder / name).is_file():
-            found = cached_file(
-                str(model.config.name_or_path), name, _raise_exceptions_for_missing_entries=False
-            )
+            found = cached_file(str(model.config.name_or_path), name, _raise_exceptions_for_missing_entries=False)
             if found is None:
                 raise LoadError(
                     f"'{folder}' holds no {name}, which its config.json asks for. Restore the file from "
@@ -302,9 +299,7 @@ def _fields(config: Any) -> list[tuple[str, int]]:
         "max_position_embeddings",
     }
     return [
-        (k, v)
-        for k, v in vars(config).items()
-        if type(v) is int and v > 1 and k not in skip and not k.startswith("_")
+        (k, v) for k, v in vars(config).items() if type(v) is int and v > 1 and k not in skip and not k.startswith("_")
     ]
 
 
@@ -319,18 +314,14 @@ def _new_values(value: int, sizes: dict[int, int]) -> list[int]:
     return list(dict.fromkeys(v for v in found if v != value and v > 0))
 
 
-def _expresses(
-    model: nn.Module, config: Any, shapes: dict[str, tuple[int, ...]], inputs: dict[str, Tensor]
-) -> bool:
+def _expresses(model: nn.Module, config: Any, shapes: dict[str, tuple[int, ...]], inputs: dict[str, Tensor]) -> bool:
     """Whether the config's own model has these shapes, and with these weights the same outputs."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             candidate = type(model)(config)
         if {name: tuple(t.shape) for name, t in candidate.state_dict().items()} != shapes:
             return False
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # for real: buffers that no checkpoint holds must come out right
+        with torch.random.fork_rng(devices=[]):  # for real: buffers that no checkpoint holds must come out right
             candidate = type(model)(config).eval()
         candidate.load_state_dict(model.state_dict(), assign=True)
         candidate.to(next(model.parameters()).device)

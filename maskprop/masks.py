@@ -57,9 +57,7 @@ class Masks:
     activations: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def load_masks(
-    model: nn.Module, masks_file: MasksLike = None, map_location: str | torch.device | None = None
-) -> Masks:
+def load_masks(model: nn.Module, masks_file: MasksLike = None, map_location: str | torch.device | None = None) -> Masks:
     """Read, check and normalise masks for a model, which is not touched.
 
     Args:
@@ -138,7 +136,9 @@ def make_prune_permanent(model: nn.Module) -> None:
 @contextmanager
 def prune_masks_removed(model: nn.Module) -> Iterator[None]:
     """Make the model's pruning masks permanent; if what follows fails, put parameters, masks and hooks back."""
-    tables = [(t, t.copy()) for m in model.modules() for t in (m.__dict__, m._parameters, m._buffers, m._forward_pre_hooks)]
+    tables = [
+        (t, t.copy()) for m in model.modules() for t in (m.__dict__, m._parameters, m._buffers, m._forward_pre_hooks)
+    ]
     make_prune_permanent(model)
     try:
         yield
@@ -191,9 +191,7 @@ def _entries(given: MaskDict) -> Iterator[tuple[str, str, Tensor | None]]:
         raise MaskValueError(f"the masks are a {type(given).__name__}, not a path or a dict. {_FORMS}")
     for key, value in given.items():
         if not isinstance(key, str):
-            raise MaskValueError(
-                f"the masks have the key {key!r} ({type(key).__name__}); keys are strings. {_FORMS}"
-            )
+            raise MaskValueError(f"the masks have the key {key!r} ({type(key).__name__}); keys are strings. {_FORMS}")
         if isinstance(value, Mapping):
             for target, mask in value.items():
                 yield key, str(target), _as_tensor(_join(key, str(target)), mask)
@@ -206,8 +204,7 @@ def _as_tensor(where: str, mask: object) -> Tensor | None:
     if mask is None or isinstance(mask, Tensor):
         return mask
     raise MaskValueError(
-        f"mask for '{where}' is a {type(mask).__name__}; a torch.Tensor is expected. Convert it with "
-        "torch.as_tensor."
+        f"mask for '{where}' is a {type(mask).__name__}; a torch.Tensor is expected. Convert it with torch.as_tensor."
     )
 
 
@@ -356,8 +353,7 @@ class _Names:
         if name in self.modules:
             own = [_join(name, key) for key, _ in self.modules[name].named_parameters(recurse=False)]
             raise UnknownMaskError(
-                f"the masks name '{name}', which is a module; a mask is for one parameter, here "
-                f"{_quote(own)}. {_FORMS}"
+                f"the masks name '{name}', which is a module; a mask is for one parameter, here {_quote(own)}. {_FORMS}"
             )
         own = [key for key, _ in owner.named_parameters(recurse=False)]
         raise UnknownMaskError(

@@ -56,9 +56,7 @@ def latencies(
         By name, the median over the rounds of each round's median, on `torch.get_num_threads()` threads.
     """
     timers = {
-        name: Timer(
-            "model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=torch.get_num_threads()
-        )
+        name: Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=torch.get_num_threads())
         for name, model in models.items()
     }
     times: dict[str, list[float]] = {name: [] for name in models}

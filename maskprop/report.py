@@ -181,9 +181,7 @@ class Report:
             table.add_column(name, justify="right")
         for layer in self.layers:
             if all_layers or layer.before != layer.after or layer.parameters_before != layer.parameters_after:
-                share = (
-                    1 - layer.parameters_after / layer.parameters_before if layer.parameters_before else 0.0
-                )
+                share = 1 - layer.parameters_after / layer.parameters_before if layer.parameters_before else 0.0
                 table.add_row(
                     layer.path,
                     layer.kind,
@@ -211,8 +209,7 @@ class Report:
         if self.check is not None:
             verdict = "passed" if self.check.passed else "FAILED"
             lines.append(
-                f"verification  {verdict}: relative error {self.check.error:.1e} (tolerance "
-                f"{self.check.tolerance:.0e})"
+                f"verification  {verdict}: relative error {self.check.error:.1e} (tolerance {self.check.tolerance:.0e})"
             )
         else:
             lines.append("verification  switched off")

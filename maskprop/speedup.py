@@ -147,7 +147,9 @@ class ModelSpeedup:
         for name in masks:
             tensor = tensor_of(self.model, name)
             if not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
-                raise NonFiniteError(f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its input. Repair the weights first; the model is unchanged.")
+                raise NonFiniteError(
+                    f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its input. Repair the weights first; the model is unchanged."
+                )
         self.inference = Inference(self.graph, masks, self.inference_mode)
 
     def infer_modules_masks(self) -> None:
@@ -177,7 +179,16 @@ class ModelSpeedup:
         reference = None if on_meta or not self.verify else self._reference()
         before = Snapshot(self.model)
         self._edits = edits = Edits(self.model)
-        repair = Repair(edits, self.graph, inference, inference.masks, self.inputs, self.constants, self.channel_multiple, self._customize)
+        repair = Repair(
+            edits,
+            self.graph,
+            inference,
+            inference.masks,
+            self.inputs,
+            self.constants,
+            self.channel_multiple,
+            self._customize,
+        )
         try:
             self.alignment = self._rewrite(repair, alignment, reference)
             if not self.plan.empty:
@@ -209,7 +220,9 @@ class ModelSpeedup:
             StageError: nothing was solved yet.
         """
         if not hasattr(self, "alignment"):
-            raise StageError("the plan was asked for before it was made. Call speedup_model() or replace_compressed_modules() first.")
+            raise StageError(
+                "the plan was asked for before it was made. Call speedup_model() or replace_compressed_modules() first."
+            )
         return self.alignment.plan
 
     def masks_of(self, path: str) -> LeafMasks:
@@ -231,7 +244,9 @@ class ModelSpeedup:
 
     def _inferred(self) -> Inference:
         if not hasattr(self, "inference"):
-            raise StageError("the model was not traced yet. Call initialize_speedup() first, or speedup_model() for everything.")
+            raise StageError(
+                "the model was not traced yet. Call initialize_speedup() first, or speedup_model() for everything."
+            )
         return self.inference
 
     def _customize(self, alignment: Alignment) -> tuple[Plan, list[str]]:
@@ -245,7 +260,11 @@ class ModelSpeedup:
             reference = Reference(self.graph, masked_state(self.graph, self.inference.masks), batches)
             reference.require_finite()
         for name in reference.constant_outputs():
-            warnings.warn(f"{name} of the masked model does not vary with the input (is a last layer zero?), so comparing it proves nothing.", UnverifiedWarning, stacklevel=4)
+            warnings.warn(
+                f"{name} of the masked model does not vary with the input (is a last layer zero?), so comparing it proves nothing.",
+                UnverifiedWarning,
+                stacklevel=4,
+            )
         return reference
 
     def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
@@ -270,7 +289,9 @@ class ModelSpeedup:
             with self._stage("verify"):
                 self.report.check = check = reference.compare(self.model)
         except Exception as error:
-            return VerifyError(f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is unchanged. Please report it with the model.")
+            return VerifyError(
+                f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is unchanged. Please report it with the model."
+            )
         if check.passed or self.constants != "exact":
             return None
         with edits.suspended():

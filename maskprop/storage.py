@@ -142,8 +142,7 @@ def read_plan(directory: PathLike) -> Saved:
         raise LoadError(f"'{target}' holds no {PLAN}. Give the directory that maskprop.save wrote.")
     if not (target / WEIGHTS).is_file():
         raise LoadError(
-            f"'{target}' holds no {WEIGHTS}. Restore the file from where the directory came, or save the "
-            f"model again."
+            f"'{target}' holds no {WEIGHTS}. Restore the file from where the directory came, or save the model again."
         )
     digest = _digest(target / WEIGHTS)
     complaint = ""
@@ -202,11 +201,7 @@ def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
                 f"'{name}' is on the meta device, sparse or quantized; only dense tensors with values can "
                 f"be saved. Materialise or convert it first."
             )
-        if (
-            tensor.ndim == 4
-            and not tensor.is_contiguous()
-            and tensor.is_contiguous(memory_format=torch.channels_last)
-        ):
+        if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
             channels_last.append(name)
         data = tensor.detach().contiguous()
         shared = (
@@ -297,9 +292,7 @@ def _parse(target: Path, text: str, digest: str) -> Saved:
             f"half-written, or from another save. "
             "Restore both files from where they came, or save the model again."
         )
-    return Saved(
-        target, dict(data["versions"]), data["source"], dict(data["parts"]), tuple(data["channels_last"])
-    )
+    return Saved(target, dict(data["versions"]), data["source"], dict(data["parts"]), tuple(data["channels_last"]))
 
 
 def _read_weights(target: Path, device: str | torch.device) -> dict[str, Tensor]:
@@ -328,9 +321,7 @@ def _build(factory: Callable[[], nn.Module]) -> nn.Module:
 def _hidden_meta(module: nn.Module) -> bool:
     """Whether a module holds meta tensors inside lists or dicts, which no file can fill."""
     for key, value in vars(module).items():
-        items = (
-            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        )
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
         if key not in ("_parameters", "_buffers", "_modules") and any(
             isinstance(v, Tensor) and v.is_meta and not isinstance(v, nn.Parameter) for v in items
         ):
@@ -371,9 +362,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], saved: Saved, dtype: torch
 
 def _replace(model: nn.Module, tensor: Tensor, value: Tensor) -> None:
     """Give a tensor other contents, on another device too; whoever holds it holds the new contents."""
-    made = (
-        nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    )
+    made = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     notes = dict(vars(tensor))
     try:
         torch.utils.swap_tensors(tensor, made)

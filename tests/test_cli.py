@@ -75,9 +75,7 @@ def test_demo_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(
-        MissingExtraError, match=r"maskprop demo needs the package 'sklearn'.*maskprop\[report\]"
-    ):
+    with pytest.raises(MissingExtraError, match=r"maskprop demo needs the package 'sklearn'.*maskprop\[report\]"):
         demo(Console(quiet=True), None, sparsity=0.5, epochs=1, seed=0, progress=False)
 
 

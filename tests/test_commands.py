@@ -77,10 +77,7 @@ def test_every_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         assert "--debug" in text
         if command.name not in ("demo",):
-            assert (
-                f"examples:\n  {'eval' if command.name == 'completion' else f'maskprop {command.name}'}"
-                in text
-            )
+            assert f"examples:\n  {'eval' if command.name == 'completion' else f'maskprop {command.name}'}" in text
 
 
 def test_inspect(run: Run) -> None:
@@ -96,9 +93,7 @@ def test_inspect(run: Run) -> None:
 
 
 def test_compact_show_verify_and_load(run: Run, tmp_path: Path) -> None:
-    status, out, err = run(
-        "compact", *NET, "--masks", "masks.safetensors", "--out", "new/small", "--no-progress"
-    )
+    status, out, err = run("compact", *NET, "--masks", "masks.safetensors", "--out", "new/small", "--no-progress")
     assert status == 0
     assert "Wrote the model and its report to new/small" in out
     assert "verification  passed" in out
@@ -119,8 +114,7 @@ def test_compact_show_verify_and_load(run: Run, tmp_path: Path) -> None:
     assert json.loads(out)["source"] == "net.py:build"
 
     (tmp_path / "small.py").write_text(
-        "import maskprop\nfrom net import build\n\n"
-        "def small():\n    return maskprop.load('new/small', build)\n"
+        "import maskprop\nfrom net import build\n\ndef small():\n    return maskprop.load('new/small', build)\n"
     )
     status, out, _ = run("verify", *NET, "--masks", "masks.safetensors", "--samples", "2", "--json")
     assert status == 0
@@ -143,9 +137,7 @@ def test_compact_as_json_with_options(run: Run) -> None:
 
 def test_bench(run: Run) -> None:
     models = ("net.py:build", "net.py:build?width=20")
-    status, out, _ = run(
-        "bench", *models, *NET[1:], "--batches", "1", "3", "--rounds", "1", "--threads", "1", "--json"
-    )
+    status, out, _ = run("bench", *models, *NET[1:], "--batches", "1", "3", "--rounds", "1", "--threads", "1", "--json")
     assert status == 0
     found = json.loads(out)
     assert list(found) == list(models)
@@ -216,9 +208,7 @@ def test_a_saved_model_by_name(run: Run, tmp_path: Path) -> None:
     options = ("--input", "3,48,48", "--masks", "masks.pt")
     assert run("compact", name, *options, "--out", "small")[0] == 0
     assert run("verify", name, "saved:small", *options, "--samples", "1")[0] == 0
-    assert (
-        run("compact", "saved:small", "--input", "3,48,48", "--masks", "masks.pt", "--out", "x")[0] == 1
-    )  # 14 rows
+    assert run("compact", "saved:small", "--input", "3,48,48", "--masks", "masks.pt", "--out", "x")[0] == 1  # 14 rows
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def test_every_error_has_a_section() -> None:
         for name, value in vars(errors).items()
         if inspect.isclass(value) and issubclass(value, errors.MaskpropError) and value not in bases
     }
-    sections = set(
-        re.findall(r"^#+ `(\w+)`$", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.M)
-    )
+    sections = set(re.findall(r"^#+ `(\w+)`$", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.M))
     assert raised <= sections
     assert sections <= set(vars(errors))
 

@@ -32,9 +32,7 @@ def compact(request: pytest.FixtureRequest, generator: torch.Generator) -> nn.Mo
 
 
 @pytest.mark.parametrize("form", ["onnx", "program", "torchscript"])
-def test_written_and_read_back(
-    compact: nn.Module, form: str, generator: torch.Generator, tmp_path: Path
-) -> None:
+def test_written_and_read_back(compact: nn.Module, form: str, generator: torch.Generator, tmp_path: Path) -> None:
     """The file computes what the compact model does; ONNX and programs for another batch size too."""
     assert export(compact, example(compact, 2, generator), tmp_path / "model", form) < 1e-5
 

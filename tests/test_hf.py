@@ -36,16 +36,12 @@ def bert() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64
-    )
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64)
     return transformers.GPT2LMHeadModel(config)
 
 
 def vit() -> nn.Module:
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SMALL, image_size=16, patch_size=4)
-    )
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=4))
 
 
 # The rows of the MLP's first layer, and the parameters in which they are.

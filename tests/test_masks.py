@@ -125,9 +125,7 @@ def test_files(net: Net, tmp_path: Path, suffix: str, kind: Any) -> None:
 
 def test_activation_masks_are_kept_apart(net: Net) -> None:
     output = torch.ones(1, 64, 1, 1)
-    masks = load_masks(
-        net, {"conv1": {"weight": ROWS, "_output_0": output, "_input_x": None}, "_input_x": output}
-    )
+    masks = load_masks(net, {"conv1": {"weight": ROWS, "_output_0": output, "_input_x": None}, "_input_x": output})
     assert list(masks.parameters) == ["conv1.weight"]
     assert {module: list(targets) for module, targets in masks.activations.items()} == {
         "conv1": ["_output_0"],
@@ -268,8 +266,7 @@ def test_unknown_module(net: Net, name: str, message: str) -> None:
 def test_missing_prefix(net: Net) -> None:
     wrapped = nn.ModuleDict({"module": net})
     assert raises(wrapped, UnknownMaskError, {"conv1": {"weight": ROWS}}) == (
-        "the masks name 'conv1', which the model does not have; it has 'module.conv1'. "
-        "Add the prefix 'module.'."
+        "the masks name 'conv1', which the model does not have; it has 'module.conv1'. Add the prefix 'module.'."
     )
 
 
@@ -278,12 +275,8 @@ def test_unknown_parameter(net: Net) -> None:
         "the masks name 'conv1.wieght'; 'conv1' (Conv2d) has no parameter 'wieght', it has 'weight', 'bias'. "
         "Did you mean 'weight'?"
     )
-    assert "it has 'weight'. Use the names" in raises(
-        net, UnknownMaskError, {"head": {"bias": torch.ones(10)}}
-    )
-    assert "the root module (Net) has no parameter" in raises(
-        net, UnknownMaskError, {"scales": torch.ones(64)}
-    )
+    assert "it has 'weight'. Use the names" in raises(net, UnknownMaskError, {"head": {"bias": torch.ones(10)}})
+    assert "the root module (Net) has no parameter" in raises(net, UnknownMaskError, {"scales": torch.ones(64)})
     # an unknown name is an error also where it masks nothing, or an activation
     raises(net, UnknownMaskError, {"conv2": {"weight": None}})
     raises(net, UnknownMaskError, {"conv2": {"_output_0": torch.ones(1)}})
@@ -305,9 +298,7 @@ def test_buffer(net: Net) -> None:
 
 def test_computed_weights(net: Net) -> None:
     parametrizations.weight_norm(net.head)
-    assert "a parametrization or a hook computes it" in raises(
-        net, UnknownMaskError, {"head.weight": torch.ones(1)}
-    )
+    assert "a parametrization or a hook computes it" in raises(net, UnknownMaskError, {"head.weight": torch.ones(1)})
     prune.identity(net.conv1, "weight")
     assert "make_prune_permanent(model)" in raises(net, UnknownMaskError, {"conv1.weight": ROWS})
 
@@ -348,8 +339,7 @@ def test_mask_on_another_device() -> None:
     with pytest.raises(MaskDeviceError) as caught:
         load_masks(model, {"weight": torch.ones(4, 4)})
     assert str(caught.value) == (
-        "mask for 'weight' is on cpu; the parameter is on cuda:0. Pass map_location='cuda:0', "
-        "or move the mask."
+        "mask for 'weight' is on cpu; the parameter is on cuda:0. Pass map_location='cuda:0', or move the mask."
     )
 
 

@@ -35,9 +35,7 @@ def test_latencies_order_models_by_their_work() -> None:
     models = {"small": nn.Linear(8, 8), "large": nn.Linear(2048, 2048)}
     models["small"] = nn.Sequential(models["small"], nn.Linear(8, 2048))
     x = {"small": torch.zeros(64, 8), "large": torch.zeros(64, 2048)}
-    times = {
-        name: measure.latencies({name: models[name]}, x[name], rounds=3, seconds=0.02)[name] for name in x
-    }
+    times = {name: measure.latencies({name: models[name]}, x[name], rounds=3, seconds=0.02)[name] for name in x}
     assert 0 < times["small"] < times["large"]
 
 

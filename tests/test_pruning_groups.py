@@ -50,9 +50,7 @@ class Gated(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(
-        self, heads: int = 4, dim: int = 6, kv_heads: int | None = None, fused: bool = False
-    ) -> None:
+    def __init__(self, heads: int = 4, dim: int = 6, kv_heads: int | None = None, fused: bool = False) -> None:
         super().__init__()
         self.heads, self.dim, self.kv, self.fused = heads, dim, kv_heads or heads, fused
         self.repeat = self.heads // self.kv
@@ -77,9 +75,7 @@ class Attention(nn.Module):
 
 
 def sigmoid_net() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1)
-    )
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 1))
 
 
 def no_affine() -> nn.Module:
@@ -99,9 +95,7 @@ def grouped() -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-    return nn.Sequential(
-        conv_bn(3, 12), nn.ReLU6(), conv_bn(12, 12, groups=12), nn.ReLU6(), nn.Conv2d(12, 4, 1)
-    )
+    return nn.Sequential(conv_bn(3, 12), nn.ReLU6(), conv_bn(12, 12, groups=12), nn.ReLU6(), nn.Conv2d(12, 4, 1))
 
 
 IMAGE, TOKENS = (3, 3, 8, 8), (3, 5, 16)
@@ -195,8 +189,7 @@ def test_a_units_cost_is_what_leaves_with_it() -> None:
 
 def test_names_granularities_and_sizes() -> None:
     found = {
-        name: [(g.name, g.granularity, g.size, g.default) for g in prunable_groups(*build(name))]
-        for name in CASES
+        name: [(g.name, g.granularity, g.size, g.default) for g in prunable_groups(*build(name))] for name in CASES
     }
     assert found["residual"] == [("stem.0", "channel", 8, True), ("block.0.0", "channel", 12, True)]
     assert found["attention"] == [

@@ -51,10 +51,7 @@ def test_nni_mask_files(tmp_path: Path) -> None:
     written = torch.load(tmp_path / "masks.pth", weights_only=True)
     assert written["0"]["weight"].shape == (12, 8)
     assert written["0"]["weight"].dtype == torch.float32
-    assert (
-        load_masks(model, tmp_path / "masks.pth").parameters.keys()
-        == load_masks(model, masks).parameters.keys()
-    )
+    assert load_masks(model, tmp_path / "masks.pth").parameters.keys() == load_masks(model, masks).parameters.keys()
     ModelSpeedup(model, X, str(tmp_path / "masks.pth")).speedup_model()
     assert model[2].weight.shape == (3, 6)
     with pytest.raises(MaskFileError, match="cannot be written"):
@@ -81,8 +78,6 @@ def test_replacer_needs_kernels() -> None:
     masks = semi_structured_masks(model)
     speedup = ModelSpeedup(model, X, masks)
     expected = speedup.speedup_model()(X).detach()
-    with pytest.raises(
-        MaskingError, match=r"need a CUDA GPU of compute capability 8.0 or more; this one is on cpu"
-    ):
+    with pytest.raises(MaskingError, match=r"need a CUDA GPU of compute capability 8.0 or more; this one is on cpu"):
         SemiStructuredReplacer().replace_modules(speedup)
     assert torch.equal(model(X), expected)

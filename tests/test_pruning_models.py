@@ -36,9 +36,7 @@ def vit() -> nn.Module:
 def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return BertModel(
-        BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
-    )
+    return BertModel(BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128))
 
 
 def llama() -> nn.Module:

@@ -297,9 +297,7 @@ def test_nni_evaluator(name: str) -> None:
 
 def test_nni_pruners_that_train_first() -> None:
     for make in (
-        lambda m, e, c: mp.SlimPruner(
-            m, [{"op_types": ["BatchNorm2d"], "total_sparsity": 0.5}], e, training_steps=4
-        ),
+        lambda m, e, c: mp.SlimPruner(m, [{"op_types": ["BatchNorm2d"], "total_sparsity": 0.5}], e, training_steps=4),
         lambda m, e, c: mp.MovementPruner(m, c, e, warmup_step=1, cooldown_begin_step=5, training_steps=6),
         lambda m, e, c: mp.ADMMPruner(m, c, e, iterations=2, training_epochs=1),
     ):
@@ -319,9 +317,7 @@ def test_nni_schedule() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     evaluator = mp.TorchEvaluator(training_func, optimizer, training_step, dummy_input=X)
-    sub_pruner = mp.TaylorPruner(
-        model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator, training_steps=1
-    )
+    sub_pruner = mp.TaylorPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator, training_steps=1)
     _, masks = mp.AGPPruner(sub_pruner, interval_steps=2, total_times=3).compress()
     assert int(masks["0"]["weight"].sum()) == 4
 

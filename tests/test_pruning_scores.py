@@ -29,9 +29,7 @@ def network() -> nn.Sequential:
 
 
 X = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-DATA = [
-    (torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(3)) for i in range(3)
-]
+DATA = [(torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(3)) for i in range(3)]
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -69,9 +67,7 @@ def test_lamp() -> None:
 def test_batch_norm_scale() -> None:
     model = network()
     nn.init.normal_(model[1].weight)
-    torch.testing.assert_close(
-        of_first(scores.BatchNormScale(), model), model[1].weight.detach().abs().double()
-    )
+    torch.testing.assert_close(of_first(scores.BatchNormScale(), model), model[1].weight.detach().abs().double())
 
 
 def gradients(model: nn.Sequential) -> list[Tensor]:
@@ -100,11 +96,25 @@ def test_hessian_diagonal_of_a_quadratic() -> None:
     torch.testing.assert_close(score(groups["0"]), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_hessian_through_fused_attention() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model, x = Attention(), torch.randn(2, 5, 8)
+    groups, score = prunable_groups(model, x), scores.OBD()
+    score.statistics = collect(model, groups, score.needs, [x], lambda m, b: m(b).square().mean())
+    assert bool(score(groups["q:head"]).isfinite().all())
+
+
 def test_activations() -> None:
     model = network()
-    out = (
-        torch.cat([model[1](model[0](x)).relu() for x, _ in DATA]).detach().double().movedim(1, 0).flatten(1)
-    )
+    out = torch.cat([model[1](model[0](x)).relu() for x, _ in DATA]).detach().double().movedim(1, 0).flatten(1)
     torch.testing.assert_close(of_first(scores.ActivationMean(), model), out.mean(1), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(of_first(scores.ActivationAPoZ(), model), (out != 0).double().mean(1))
 
@@ -190,14 +200,10 @@ def test_collecting_leaves_the_model_alone() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     rng = torch.random.get_rng_state()
-    needs = frozenset(
-        {"taylor", "squared_gradient", "hessian", "activation_mean", "activation_nonzero", "input_norm"}
-    )
+    needs = frozenset({"taylor", "squared_gradient", "hessian", "activation_mean", "activation_nonzero", "input_norm"})
     collect(model, prunable_groups(model, X), needs, DATA, loss)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(
-        torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None
-    )
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
     assert all(m.training and not m._forward_hooks for m in model.modules())
     assert torch.equal(torch.random.get_rng_state(), rng)
 
@@ -228,8 +234,6 @@ def test_errors() -> None:
         scores.BatchNormScale()(groups["3"])
     with torch.no_grad():
         model[0].weight[2] = torch.nan
-    with pytest.raises(
-        ScoreError, match=r"score 'L1' of group '0' is nan at part 2 \(1 of 6 are not finite\)"
-    ):
+    with pytest.raises(ScoreError, match=r"score 'L1' of group '0' is nan at part 2 \(1 of 6 are not finite\)"):
         checked(scores.L1(), groups["0"])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k != "0.weight")

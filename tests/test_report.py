@@ -156,9 +156,7 @@ def test_page_in_a_browser(generator: torch.Generator, tmp_path: Path) -> None:
         "--dump-dom",
         f"--user-data-dir={tmp_path}/profile",
     ]
-    shown = subprocess.run(
-        [*command, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120
-    )
+    shown = subprocess.run([*command, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
     fitted = re.search(r'<svg[^>]* viewBox="([^"]+)"', shown.stdout)
     assert fitted
     assert fitted[1] != written[1]
@@ -169,9 +167,7 @@ def test_figure(generator: torch.Generator, tmp_path: Path) -> None:
     speedup = sped_up(ConvNet(), generator)
     figure = speedup.report.plot()
     (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        layer.path for layer in speedup.report.layers
-    ]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [layer.path for layer in speedup.report.layers]
     figure.savefig(tmp_path / "widths.png")
     assert (tmp_path / "widths.png").read_bytes().startswith(b"\x89PNG")
 

@@ -379,9 +379,7 @@ def test_another_torch_may_print_settings_otherwise(saved: Path) -> None:
         ("def forward(self, x:", "is not Python"),
     ],
 )
-def test_code_in_a_plan_is_vetted(
-    generator: torch.Generator, tmp_path: Path, source: str, complaint: str
-) -> None:
+def test_code_in_a_plan_is_vetted(generator: torch.Generator, tmp_path: Path, source: str, complaint: str) -> None:
     maskprop.save(sped_up(LeNet(), generator).model, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     plan["parts"][""]["steps"][0]["modules"][""]["class"]["source"] = source

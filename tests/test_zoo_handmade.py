@@ -110,9 +110,7 @@ def torch_encoder(inner: int, hidden: int) -> int:
 
 
 def swin(heads: int) -> int:
-    return (
-        conv(3, 24, 1) + linear(24, 18 * heads) + linear(6 * heads, 24) + 2 * 24 + linear(24, 4) + 49 * heads
-    )
+    return conv(3, 24, 1) + linear(24, 18 * heads) + linear(6 * heads, 24) + 2 * 24 + linear(24, 4) + 49 * heads
 
 
 def self_attention(inner: int) -> int:

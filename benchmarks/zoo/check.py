@@ -57,10 +57,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     if not a.is_floating_point() and not a.is_complex():
         return 0.0 if torch.equal(a, b) else float("inf")
     finite = torch.isfinite(b)
-    if (
-        not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
-        or not torch.isfinite(a[finite]).all()
-    ):
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not torch.isfinite(a[finite]).all():
         return float("inf")
     a, b = a[finite].double(), b[finite].double()
     difference, norm = float((a - b).norm()), float(b.norm())
@@ -75,9 +72,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_masked(model: nn.Module, masks: Masks) -> int:
     """Elements that masks set to zero."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return int(
-        sum((1 - mask).sum() * (parameters[name].numel() // mask.numel()) for name, mask in masks.items())
-    )
+    return int(sum((1 - mask).sum() * (parameters[name].numel() // mask.numel()) for name, mask in masks.items()))
 
 
 @dataclass
@@ -179,9 +174,7 @@ def check_speedup(
         return result
     try:
         with torch.no_grad():
-            result.error = max(
-                relative_error(call(compact, x), y) for x, y in zip(fresh, expected, strict=True)
-            )
+            result.error = max(relative_error(call(compact, x), y) for x, y in zip(fresh, expected, strict=True))
             if result.error > tolerance:
                 result.outcome, result.detail = "mismatch", f"relative error {result.error:.2e}"
             elif generate and not _same_tokens(compact, reference, fresh[0]):

@@ -399,9 +399,7 @@ family("vit", "ViTForImageClassification", "ViTConfig", pictures(16), **_VIT)
 family("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", pictures(16), **_VIT)
 family("dinov2", "Dinov2ForImageClassification", "Dinov2Config", pictures(16), **_VIT)
 family("swin", "SwinForImageClassification", "SwinConfig", pictures(32), **_SWIN)
-family(
-    "swin_v2", "Swinv2ForImageClassification", "Swinv2Config", pictures(32), attentions=("eager",), **_SWIN
-)
+family("swin_v2", "Swinv2ForImageClassification", "Swinv2Config", pictures(32), attentions=("eager",), **_SWIN)
 family(
     "convnext",
     "ConvNextForImageClassification",

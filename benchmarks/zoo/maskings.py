@@ -106,9 +106,7 @@ def _recurrent_units(name: str, module: nn.RNNBase, half: Callable[[int], torch.
     return masks
 
 
-def _attention_rows(
-    name: str, module: nn.MultiheadAttention, removed: torch.Tensor, bias: bool = True
-) -> Masks:
+def _attention_rows(name: str, module: nn.MultiheadAttention, removed: torch.Tensor, bias: bool = True) -> Masks:
     """The rows of q, k and v in torch's own attention module, whose output projection is never called."""
     masks = {}
     for own, parameter in module.named_parameters(recurse=False):

@@ -49,9 +49,7 @@ def randomise(model: nn.Module, inputs: Inputs, seed: int = 0) -> nn.Module:
     return model
 
 
-def _randomise_parameter(
-    module: nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator
-) -> None:
+def _randomise_parameter(module: nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
     if not parameter.is_floating_point():
         return
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -114,9 +112,7 @@ def _running_statistics(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor] 
     return None if mean is None or variance is None else (mean, variance)
 
 
-def _calibrate(
-    model: nn.Module, modules: list[nn.Module], inputs: Inputs, generator: torch.Generator
-) -> None:
+def _calibrate(model: nn.Module, modules: list[nn.Module], inputs: Inputs, generator: torch.Generator) -> None:
     scaled: set[int] = set()
 
     def scale_output(module: nn.Module, args: Any, output: Any) -> Any:

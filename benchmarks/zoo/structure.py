@@ -221,9 +221,7 @@ class Structure:
         position = {call.layer.name: index for index, call in enumerate(self.calls)}
         taken: set[int] = set()
         for container, module in self.model.named_modules():
-            inside = [
-                position[name] for name in position if container == "" or name.startswith(container + ".")
-            ]
+            inside = [position[name] for name in position if container == "" or name.startswith(container + ".")]
             if not inside or not _names_heads(module):
                 continue
             if any(_names_heads(child) for child in module.modules() if child is not module):

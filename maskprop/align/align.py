@@ -42,7 +42,12 @@ class Alignment:
         return tuple(shape)
 
 
-def align(inference: Inference, constants: str = "exact", channel_multiple: int = 1, extra_pins: tuple[Pin, ...] = ()) -> Alignment:
+def align(
+    inference: Inference,
+    constants: str = "exact",
+    channel_multiple: int = 1,
+    extra_pins: tuple[Pin, ...] = (),
+) -> Alignment:
     """Solve for what leaves and lay out what stays.
 
     Args:
@@ -53,7 +58,11 @@ def align(inference: Inference, constants: str = "exact", channel_multiple: int 
     """
     c = couple(inference, constants)
     c.pins += extra_pins
-    states = {str(n.target): n for n in inference.graph.fx.nodes if n.op == "get_attr" and not {"lifted", "inserted"} & n.meta.keys()}
+    states = {
+        str(n.target): n
+        for n in inference.graph.fx.nodes
+        if n.op == "get_attr" and not {"lifted", "inserted"} & n.meta.keys()
+    }
     owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]
@@ -63,7 +72,9 @@ def align(inference: Inference, constants: str = "exact", channel_multiple: int 
         "an axis keeps at least one unit": never_empty([*owned, *c.nonempty]),
     }
     if channel_multiple > 1:
-        restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiple_of(flat, channel_multiple)
+        restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiple_of(
+            flat, channel_multiple
+        )
     s.solve(restore)
     plan = Plan()
     for name, node in states.items():
@@ -91,7 +102,10 @@ def _keeps(labels: Labels, s: Solution) -> list[Keep]:
             other = kept[d]
             if other is not None:
                 place = d if d < axis else d - 1
-                rows = rows.compress(other.reshape(-1) if other.size == max(other.shape) else np.ones(rows.shape[place], bool), axis=place)
+                rows = rows.compress(
+                    other.reshape(-1) if other.size == max(other.shape) else np.ones(rows.shape[place], bool),
+                    axis=place,
+                )
         count = int(rows.sum(-1).max())
         order = np.argsort(1 - rows, axis=-1, kind="stable")[..., :count]
         shape = [n for i, n in enumerate(order.shape[:-1]) if n > 1 or (i if i < axis else i + 1) in over]

@@ -85,7 +85,16 @@ def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solu
         _add_column(plan, name, delta, carrier, group, k.groups, leaves[part], transposed)
 
 
-def _add_column(plan: Plan, name: str, delta: Tensor, carrier: int, group: int, groups: int, leaves: Tensor, transposed: bool) -> None:
+def _add_column(
+    plan: Plan,
+    name: str,
+    delta: Tensor,
+    carrier: int,
+    group: int,
+    groups: int,
+    leaves: Tensor,
+    transposed: bool,
+) -> None:
     """Add ``delta`` (one input unit's weights to a group's outputs) to the sliced weight."""
     at = int((~leaves[:carrier]).sum())
     keeps = {keep.axis: keep for keep in plan.keep.get(name, [])}
@@ -102,7 +111,9 @@ def _add_column(plan: Plan, name: str, delta: Tensor, carrier: int, group: int, 
         first = keeps[0].index if 0 in keeps else torch.arange(shape[0])
         position = int((first == group * len(leaves) + carrier).nonzero()[0, 0])
         columns = keeps[1].index if 1 in keeps else None
-        full[position] = delta if columns is None else delta.index_select(0, columns if columns.ndim == 1 else columns[position])
+        full[position] = (
+            delta if columns is None else delta.index_select(0, columns if columns.ndim == 1 else columns[position])
+        )
     else:
         outputs = len(delta)
         rows = keeps[0].index if 0 in keeps else torch.arange(shape[0])

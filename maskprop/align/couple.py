@@ -18,7 +18,11 @@ def couple(inference: Inference, constants: str) -> Coupling:
         constants: ``"exact"``, ``"fold"`` or ``"drop"``.
     """
     facts = inference.facts
-    c = Coupling(constants=constants, facts=facts.known, needed={n: v[0] if isinstance(v, list) else v for n, v in facts.needed.items()})
+    c = Coupling(
+        constants=constants,
+        facts=facts.known,
+        needed={n: v[0] if isinstance(v, list) else v for n, v in facts.needed.items()},
+    )
     for node in inference.graph.fx.nodes:
         c.node = node.name
         if node.op == "placeholder":

@@ -101,7 +101,9 @@ class Plan:
                 f"the plan was made for '{name}' of shape {self.shapes[name]}; the model has shape {tuple(tensor.shape)}. "
                 "Build the dense architecture that the plan was made from."
             )
-        channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        channels_last = (
+            tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        )
         for keep in self.keep[name]:
             index = keep.index.to(tensor.device)
             if not keep.over:
@@ -124,11 +126,15 @@ class Plan:
             "format": FORMAT,
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "keep": {
-                name: [{"axis": k.axis, "over": list(k.over), "index": k.index.tolist()} for k in keeps] for name, keeps in self.keep.items()
+                name: [{"axis": k.axis, "over": list(k.over), "index": k.index.tolist()} for k in keeps]
+                for name, keeps in self.keep.items()
             },
             "add": [{"name": a.name, "axis": a.axis, "at": a.at, "value": a.value.tolist()} for a in self.add],
             "new_bias": {name: value.tolist() for name, value in self.new_bias.items()},
-            "attributes": [{"module": c.module, "attribute": c.attribute, "old": _plain(c.old), "new": _plain(c.new)} for c in self.attributes],
+            "attributes": [
+                {"module": c.module, "attribute": c.attribute, "old": _plain(c.old), "new": _plain(c.new)}
+                for c in self.attributes
+            ],
         }
 
     @classmethod
@@ -139,20 +145,32 @@ class Plan:
             PlanError: it is not a plan, or one of another format.
         """
         if data.get("format") != FORMAT:
-            raise PlanError(f"the plan has format {data.get('format')!r}; this version of maskprop reads format {FORMAT}. Make the plan again with this version.")
+            raise PlanError(
+                f"the plan has format {data.get('format')!r}; this version of maskprop reads format {FORMAT}. Make the plan again with this version."
+            )
         try:
             return cls(
                 shapes={k: tuple(v) for k, v in data["shapes"].items()},
                 keep={
-                    name: [Keep(k["axis"], torch.tensor(k["index"], dtype=torch.int64), tuple(k["over"])) for k in keeps]
+                    name: [
+                        Keep(k["axis"], torch.tensor(k["index"], dtype=torch.int64), tuple(k["over"])) for k in keeps
+                    ]
                     for name, keeps in data["keep"].items()
                 },
-                add=[Add(a["name"], torch.tensor(a["value"], dtype=torch.float64), a["axis"], a["at"]) for a in data["add"]],
+                add=[
+                    Add(a["name"], torch.tensor(a["value"], dtype=torch.float64), a["axis"], a["at"])
+                    for a in data["add"]
+                ],
                 new_bias={name: torch.tensor(value, dtype=torch.float64) for name, value in data["new_bias"].items()},
-                attributes=[AttributeChange(a["module"], a["attribute"], _unplain(a["old"]), _unplain(a["new"])) for a in data["attributes"]],
+                attributes=[
+                    AttributeChange(a["module"], a["attribute"], _unplain(a["old"]), _unplain(a["new"]))
+                    for a in data["attributes"]
+                ],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}. Make it again, or restore the file from where it came.") from error
+            raise PlanError(
+                f"the plan is damaged: {type(error).__name__}: {error}. Make it again, or restore the file from where it came."
+            ) from error
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -175,7 +193,13 @@ class Plan:
 
 
 def _plain(value: Any) -> Any:
-    return {"tuple": [_plain(v) for v in value]} if isinstance(value, tuple) else [_plain(v) for v in value] if isinstance(value, list) else value
+    return (
+        {"tuple": [_plain(v) for v in value]}
+        if isinstance(value, tuple)
+        else [_plain(v) for v in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _unplain(value: Any) -> Any:

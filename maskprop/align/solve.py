@@ -57,7 +57,11 @@ class Solution:
         self.rounds = 0
 
     def _pin_unowned(self, owned: Sequence[Tensor], count: int) -> None:
-        links = np.concatenate([self.triples[:, [0, 1]], self.triples[:, [0, 2]]]) if len(self.triples) else np.zeros((0, 2), dtype=np.int64)
+        links = (
+            np.concatenate([self.triples[:, [0, 1]], self.triples[:, [0, 2]]])
+            if len(self.triples)
+            else np.zeros((0, 2), dtype=np.int64)
+        )
         family = _components(count, links)
         for arrays in (owned, self.coupling.read):
             some = np.zeros(count, dtype=bool)

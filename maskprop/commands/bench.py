@@ -30,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batch sizes to time (default: 1 16)",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns that each model has (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each model has (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own)")
     add_json(parser)
     add_progress(parser)
@@ -110,10 +108,7 @@ def _table(results: dict[str, dict[str, float]]) -> object:
         table.add_column(name, justify="right", overflow="fold")
     first = next(iter(results.values()))
     for key in first:
-        row = [
-            f"{r[key] * 1e3:.2f} ms" if key.startswith("seconds") else f"{int(r[key]):,}"
-            for r in results.values()
-        ]
+        row = [f"{r[key] * 1e3:.2f} ms" if key.startswith("seconds") else f"{int(r[key]):,}" for r in results.values()]
         table.add_row(key.replace("seconds", "latency"), *row)
     return table
 

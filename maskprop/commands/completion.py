@@ -30,9 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from maskprop.cli import build_parser
 
     options = _options(build_parser())
-    sys.stdout.write(
-        _fish(options) if arguments.shell == "fish" else _bash(options, arguments.shell == "zsh")
-    )
+    sys.stdout.write(_fish(options) if arguments.shell == "fish" else _bash(options, arguments.shell == "zsh"))
     return 0
 
 
@@ -42,9 +40,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, sub in action.choices.items():
-                found[name] = [
-                    option for a in sub._actions for option in a.option_strings if option.startswith("--")
-                ]
+                found[name] = [option for a in sub._actions for option in a.option_strings if option.startswith("--")]
     return found
 
 
@@ -57,9 +53,7 @@ def _bash(options: dict[str, list[str]], zsh: bool) -> str:
 def _fish(options: dict[str, list[str]]) -> str:
     lines = ["complete -c maskprop -f -n __fish_use_subcommand -a '" + " ".join(options) + "'"]
     for name, words in options.items():
-        lines += [
-            f"complete -c maskprop -n '__fish_seen_subcommand_from {name}' -l {word[2:]}" for word in words
-        ]
+        lines += [f"complete -c maskprop -n '__fish_seen_subcommand_from {name}' -l {word[2:]}" for word in words]
     return "\n".join(lines) + "\n"
 
 
@@ -68,6 +62,5 @@ COMMAND = Command(
     "Print a script for shell completion.",
     add_arguments,
     run,
-    '  eval "$(maskprop completion bash)"\n'
-    "  maskprop completion fish > ~/.config/fish/completions/maskprop.fish",
+    '  eval "$(maskprop completion bash)"\n  maskprop completion fish > ~/.config/fish/completions/maskprop.fish',
 )

@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=("onnx", "program", "torchscript"), help="the form, if the suffix does not tell"
     )
-    parser.add_argument(
-        "--fixed-batch", action="store_true", help="only take the batch size of --batch (default: any)"
-    )
+    parser.add_argument("--fixed-batch", action="store_true", help="only take the batch size of --batch (default: any)")
     add_json(parser)
     add_progress(parser)
 
@@ -40,13 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     form = arguments.to or FORMATS.get(arguments.out.suffix)
     if form is None:
-        raise OptionError(
-            f"--out {arguments.out}: the suffix tells no form. Use .onnx, .pt2 or .pt, or add --to."
-        )
+        raise OptionError(f"--out {arguments.out}: the suffix tells no form. Use .onnx, .pt2 or .pt, or add --to.")
     if not arguments.out.parent.is_dir():
-        raise OptionError(
-            f"--out {arguments.out}: there is no directory '{arguments.out.parent}'. Create it first."
-        )
+        raise OptionError(f"--out {arguments.out}: there is no directory '{arguments.out.parent}'. Create it first.")
     if arguments.batch < 2 and not arguments.fixed_batch:
         raise OptionError(
             "--batch is 1; an export for any batch size needs an example of at least 2. Add --fixed-batch "
@@ -96,9 +90,7 @@ def export(model: Any, dummy: Any, file: Path, form: str, *, dynamic: bool = Tru
 
     inputs = split_inputs(dummy)
     with torch.random.fork_rng(devices=[]):  # the ONNX exporter draws random numbers
-        run = {"onnx": _onnx, "program": _program, "torchscript": _torchscript}[form](
-            model, inputs, file, dynamic
-        )
+        run = {"onnx": _onnx, "program": _program, "torchscript": _torchscript}[form](model, inputs, file, dynamic)
     other = fresh_inputs(inputs, torch.Generator().manual_seed(1))
     if dynamic and form != "torchscript":
         other = _longer(other)
@@ -206,6 +198,5 @@ COMMAND = Command(
     "Write a model as ONNX, an exported program or TorchScript, and compare it.",
     add_arguments,
     run,
-    "  maskprop export saved:small --out small.onnx\n"
-    "  maskprop export model.py:build --input 1,28,28 --out small.pt2",
+    "  maskprop export saved:small --out small.onnx\n  maskprop export model.py:build --input 1,28,28 --out small.pt2",
 )

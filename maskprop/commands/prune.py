@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="channel, head, 'head dim', ...; may be repeated",
     )
-    parser.add_argument(
-        "--ignore", action="append", default=[], metavar="GLOB", help="modules to leave whole"
-    )
+    parser.add_argument("--ignore", action="append", default=[], metavar="GLOB", help="modules to leave whole")
     parser.add_argument("--channel-multiple", type=int, default=1, metavar="N", help="keep a multiple of N")
     parser.add_argument("--min-units", type=int, default=1, metavar="N", help="keep N units of a group")
     add_json(parser)

@@ -59,9 +59,7 @@ def _table(title: str, plan: dict[str, Any]) -> object:
             ragged = bool(keep["over"])
             index = [] if ragged else keep["index"]
             size = plan["shapes"][name][keep["axis"]]
-            units = (
-                "another choice along axes " + ", ".join(map(str, keep["over"])) if ragged else ranges(index)
-            )
+            units = "another choice along axes " + ", ".join(map(str, keep["over"])) if ragged else ranges(index)
             count = "" if ragged else f"{len(index)} of {size}"
             table.add_row(name, shape, str(keep["axis"]), count, units)
     return table
@@ -75,9 +73,7 @@ def _changes(modules: dict[str, Any], code: bool) -> list[str]:
         if "class" in change:
             source = change["class"].get("source")
             lines.append(
-                f"{path or 'model'}: generated forward"
-                if source
-                else f"{path}: becomes {change['class']['name']}"
+                f"{path or 'model'}: generated forward" if source else f"{path}: becomes {change['class']['name']}"
             )
             if source and code:
                 lines.append(source)

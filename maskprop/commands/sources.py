@@ -20,10 +20,7 @@ from maskprop._torchvision import import_torchvision
 from maskprop.errors import ModelNameError, OptionError
 from maskprop.storage import load, read_plan
 
-_FORMS = (
-    "torchvision:resnet50, timm:vit_tiny_patch16_224, hf:DIR, saved:DIR, file.py:factory, "
-    "package.module:factory"
-)
+_FORMS = "torchvision:resnet50, timm:vit_tiny_patch16_224, hf:DIR, saved:DIR, file.py:factory, package.module:factory"
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,7 @@ def make_inputs(
     if source.kind == "saved":
         origin = read_plan(source.name.partition(":")[2]).source
         if origin is not None:
-            return make_inputs(
-                Source(origin, origin.partition(":")[0], source.build), model, None, batch, seed
-            )
+            return make_inputs(Source(origin, origin.partition(":")[0], source.build), model, None, batch, seed)
     raise OptionError(
         f"the inputs of '{source.name}' are not known. Give their shapes without the batch, for example "
         "--input 3,224,224; "
@@ -193,9 +188,7 @@ def _factory(name: str, module: str, attribute: str, arguments: dict[str, Any]) 
     try:
         loaded = _import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except (ImportError, OSError) as error:
-        raise ModelNameError(
-            f"'{name}': '{module}' cannot be imported ({error}). Known forms: {_FORMS}."
-        ) from error
+        raise ModelNameError(f"'{name}': '{module}' cannot be imported ({error}). Known forms: {_FORMS}.") from error
     factory: Any = loaded
     for part in attribute.split("."):
         factory = getattr(factory, part, None)
@@ -227,9 +220,7 @@ def _import_file(path: Path) -> Any:
 def _arguments(name: str, query: str) -> dict[str, Any]:
     """``?num_classes=10&image_size=64`` as keyword arguments."""
     if query and not all("=" in part for part in query.split("&")):
-        raise ModelNameError(
-            f"'{name}': '{query}' is no list of arguments. Write them as ?num_classes=10&width=64."
-        )
+        raise ModelNameError(f"'{name}': '{query}' is no list of arguments. Write them as ?num_classes=10&width=64.")
     found = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         try:
@@ -264,9 +255,7 @@ def _parse_input(text: str, batch: int, generator: torch.Generator) -> tuple[str
         ) from error
 
 
-def hugging_face_inputs(
-    model: nn.Module, config: Any, batch: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def hugging_face_inputs(model: nn.Module, config: Any, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random inputs of a transformers model, by its main input.
 
     Raises:

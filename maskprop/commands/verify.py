@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("other", metavar="OTHER", nargs="?", help=f"{MODEL_HELP} (default: MODEL, sped up)")
     parser.add_argument("--masks", type=Path, metavar="FILE", help="put these masks on MODEL first")
-    parser.add_argument(
-        "--samples", type=int, default=3, help="random inputs to compare on (default: %(default)s)"
-    )
+    parser.add_argument("--samples", type=int, default=3, help="random inputs to compare on (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, help="relative L2 error to accept (default: by the dtype)")
     add_json(parser)
     add_progress(parser)
@@ -65,8 +63,7 @@ def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     source, model = build(arguments.model, arguments)
     batches = [
-        inputs_for(source, model, arguments, batch=arguments.batch + i, seed=i + 1)
-        for i in range(arguments.samples)
+        inputs_for(source, model, arguments, batch=arguments.batch + i, seed=i + 1) for i in range(arguments.samples)
     ]
     other = _other(arguments, source, model)
     if arguments.masks is not None:
@@ -96,9 +93,7 @@ def _other(arguments: argparse.Namespace, source: Any, model: Any) -> Any:
 
     from maskprop.speedup import ModelSpeedup
 
-    speedup = ModelSpeedup(
-        copy.deepcopy(model), inputs_for(source, model, arguments), arguments.masks, verify=False
-    )
+    speedup = ModelSpeedup(copy.deepcopy(model), inputs_for(source, model, arguments), arguments.masks, verify=False)
     return speedup.speedup_model()
 
 

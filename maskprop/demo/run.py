@@ -114,9 +114,7 @@ def demo(
     before = training_loss(compact, digits), accuracy(compact, digits)
     with Progress(console=console, disable=not progress) as bars:
         task = bars.add_task("Fine-tuning the compact model", total=steps_per_epoch(digits))
-        train(
-            compact, digits, 1, generator, lambda: bars.advance(task), learning_rate=0.005, weight_decay=5e-4
-        )
+        train(compact, digits, 1, generator, lambda: bars.advance(task), learning_rate=0.005, weight_decay=5e-4)
     after = training_loss(compact, digits), accuracy(compact, digits)
     console.print(
         f"Fine-tuned for one epoch: training loss {before[0]:.4f} -> {after[0]:.4f}, "

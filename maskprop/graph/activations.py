@@ -32,13 +32,17 @@ def insert_activation_masks(graph: Graph, model: nn.Module, masks: Mapping[str, 
             kind, _, which = target.removeprefix("_").partition("_")
             node = _output(graph, path, which) if kind == "output" else _input(graph, model, path, which)
             if node is None:
-                raise UnknownMaskError(f"mask '{path}.{target}': the forward of '{path}' has no such {kind} tensor on this dummy input. Check the name, or leave the mask out.")
+                raise UnknownMaskError(
+                    f"mask '{path}.{target}': the forward of '{path}' has no such {kind} tensor on this dummy input. Check the name, or leave the mask out."
+                )
             try:
                 ok = torch.broadcast_shapes(mask.shape, shape_of(node)) == torch.Size(shape_of(node))
             except RuntimeError:
                 ok = False
             if not ok:
-                raise MaskShapeError(f"mask '{path}.{target}' has shape {tuple(mask.shape)}; the activation has shape {shape_of(node)}. Give a mask that broadcasts to it.")
+                raise MaskShapeError(
+                    f"mask '{path}.{target}' has shape {tuple(mask.shape)}; the activation has shape {shape_of(node)}. Give a mask that broadcasts to it."
+                )
             _insert(graph, node, mask, path, inside=kind == "input")
 
 
@@ -59,7 +63,11 @@ def _input(graph: Graph, model: nn.Module, path: str, which: str) -> fx.Node | N
 
 def _insert(graph: Graph, node: fx.Node, mask: Tensor, path: str, inside: bool) -> None:
     name = f"_activation_mask{len(graph.state)}"
-    readers = [u for u in node.users if not inside or u.meta.get("path") == path or str(u.meta.get("path")).startswith(path + ".")]
+    readers = [
+        u
+        for u in node.users
+        if not inside or u.meta.get("path") == path or str(u.meta.get("path")).startswith(path + ".")
+    ]
     meta = node.meta["tensor"]
     graph.state[name] = mask.to(dtype=meta.dtype)
     with graph.fx.inserting_after(node):

@@ -66,7 +66,11 @@ def functional_overload(op: OpOverload) -> OpOverload:
     wanted = [a.name for a in op._schema.arguments if not a.is_out]
     for overload in [op._overloadname, *packet.overloads()] if packet is not None else []:
         found = getattr(packet, overload, None)
-        if isinstance(found, OpOverload) and not found._schema.is_mutable and [a.name for a in found._schema.arguments] == wanted:
+        if (
+            isinstance(found, OpOverload)
+            and not found._schema.is_mutable
+            and [a.name for a in found._schema.arguments] == wanted
+        ):
             return found
     raise UnsupportedOpError(
         f"{op} writes to its argument and has no functional form. Replace it in the model's forward by an op that returns its result."
@@ -95,7 +99,14 @@ def _scatter(base: fx.Node, node: fx.Node, view: fx.Node, index: int | None, emi
         return emit(aten.slice_scatter.default, (base, node, dim, start, start + shape_of(node)[dim]), {})
     if op is aten.diagonal.default:
         return emit(aten.diagonal_scatter.default, (base, node, *args), kwargs)
-    if op in (aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+    if op in (
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    ):
         return emit(aten.view.default, (node, list(shape)), {})
     if op in (aten.transpose.int, aten.t.default):
         return emit(op, (node, *args), kwargs)

@@ -97,18 +97,14 @@ class Graph:
                     f"graph node '{node.name}' reads '{node.target}', which is not among the graph's tensors. This is a bug in the tracer."
                 )
         if sum(n.op == "output" for n in self.fx.nodes) != 1:
-            raise TraceError(
-                "the graph must have exactly one output node. This is a bug in the tracer that built it."
-            )
+            raise TraceError("the graph must have exactly one output node. This is a bug in the tracer that built it.")
 
     def __str__(self) -> str:
         lines = []
         for node in self.fx.nodes:
             meta = node.meta.get("tensor")
             shape = " | ".join(str(m) for m in meta) if isinstance(meta, tuple) else str(meta)
-            args = ", ".join(
-                [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
-            )
+            args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
             lines.append(
                 f"%{node.name} = {node.op if node.op != 'call_function' else ''}{node.target}({args})  # {shape}  {where(node)}"
             )
@@ -129,9 +125,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node that holds one tensor."""
     meta = node.meta["tensor"]
     if not isinstance(meta, TensorMeta):
-        raise TraceError(
-            f"graph node '{node.name}' ({node.target}) holds several tensors where one was expected."
-        )
+        raise TraceError(f"graph node '{node.name}' ({node.target}) holds several tensors where one was expected.")
     return meta.shape
 
 

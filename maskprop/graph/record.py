@@ -18,7 +18,14 @@ from maskprop.graph.shapes import shortcut
 from maskprop.graph.structure import map_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
-_QUERIES = {"prim::device", "prim::layout", "aten::sym_size", "aten::sym_stride", "aten::is_contiguous", "aten::is_pinned"}
+_QUERIES = {
+    "prim::device",
+    "prim::layout",
+    "aten::sym_size",
+    "aten::sym_stride",
+    "aten::is_contiguous",
+    "aten::is_pinned",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -91,7 +98,11 @@ class Recorder(TorchDispatchMode):
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
         for node in reversed(self.graph.fx.nodes):
-            if not node.users and (not node.all_input_nodes or "implied" in node.meta or node.target is operator.getitem) and node.op in ("get_attr", "call_function"):
+            if (
+                not node.users
+                and (not node.all_input_nodes or "implied" in node.meta or node.target is operator.getitem)
+                and node.op in ("get_attr", "call_function")
+            ):
                 self.graph.fx.erase_node(node)
         for name, saved in self._saved.items():
             self.graph.state[name].copy_(saved)
@@ -138,7 +149,9 @@ class Recorder(TorchDispatchMode):
                     got = self._emit_tagged(operator.getitem, (node, i), {}, TensorMeta.of(item))
                     self._bind(item, got, *self._view_of(op, args, node, i))
 
-    def _record_write(self, op: OpOverload, args: Any, kwargs: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any) -> None:
+    def _record_write(
+        self, op: OpOverload, args: Any, kwargs: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any
+    ) -> None:
         pure = functional_overload(op)
         targets = [
             args[i] if i < len(args) else kwargs.get(a.name)
@@ -209,7 +222,14 @@ class Recorder(TorchDispatchMode):
                 node.meta["lifted"] = True
         return self._bind(tensor, node)
 
-    def _bind(self, tensor: Tensor, node: fx.Node, parent: Value | None = None, view: fx.Node | None = None, index: int | None = None) -> Value:
+    def _bind(
+        self,
+        tensor: Tensor,
+        node: fx.Node,
+        parent: Value | None = None,
+        view: fx.Node | None = None,
+        index: int | None = None,
+    ) -> Value:
         value = Value(node, parent, view, index, seen=parent.version if parent else 0)
         self._values[id(tensor)] = value
         self._keep.append(tensor)
@@ -224,10 +244,19 @@ class Recorder(TorchDispatchMode):
             return self._imply(self._emit_tagged(operator.getitem, args, {}, args[0].meta["tensor"][args[1]]))
         metas = fx.node.map_aggregate(args, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
         with torch.utils._python_dispatch._disable_current_modes():
-            result = target(*metas, **fx.node.map_aggregate(kwargs, lambda a: _blank(a) if isinstance(a, fx.Node) else a))
+            result = target(
+                *metas, **fx.node.map_aggregate(kwargs, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
+            )
         device = args[0].meta["tensor"].device
-        metas_out = [TensorMeta(tuple(r.shape), r.dtype, device) for r in (result if isinstance(result, (list, tuple)) else [result])]
-        return self._imply(self._emit_tagged(target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0]))
+        metas_out = [
+            TensorMeta(tuple(r.shape), r.dtype, device)
+            for r in (result if isinstance(result, (list, tuple)) else [result])
+        ]
+        return self._imply(
+            self._emit_tagged(
+                target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0]
+            )
+        )
 
     @staticmethod
     def _imply(node: fx.Node) -> fx.Node:
@@ -285,7 +314,12 @@ class Recorder(TorchDispatchMode):
 
 
 # These declare a write to running statistics that evaluation mode does not do.
-_MUTABLE_STATISTICS = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::_native_batch_norm_legit", "aten::batch_norm_with_update"}
+_MUTABLE_STATISTICS = {
+    "aten::native_batch_norm",
+    "aten::cudnn_batch_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::batch_norm_with_update",
+}
 
 
 def _pixel_shuffle(x: Tensor, r: int) -> Tensor:

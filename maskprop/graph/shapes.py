@@ -45,7 +45,11 @@ def _blank(like: Tensor, shape: Sequence[int]) -> Tensor | None:
     mode = getattr(like, "fake_mode", None)
     if mode is None:
         return None
-    nhwc = len(shape) == 4 == like.ndim and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    nhwc = (
+        len(shape) == 4 == like.ndim
+        and not like.is_contiguous()
+        and like.is_contiguous(memory_format=torch.channels_last)
+    )
     layout = torch.channels_last if nhwc else torch.contiguous_format
     with torch._C._DisableTorchDispatch():
         blank = torch.empty(tuple(shape), dtype=like.dtype, device="meta", memory_format=layout)
@@ -69,25 +73,53 @@ def _pointwise(args: Sequence[Any]) -> Tensor | None:
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
 ) -> Tensor | None:
     dims = weight.ndim - 2
-    if x.ndim != weight.ndim or x.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups) or x.dtype != weight.dtype:
+    if (
+        x.ndim != weight.ndim
+        or x.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups)
+        or x.dtype != weight.dtype
+    ):
         return None  # the fake kernel says what is wrong
 
     def each(value: Any) -> list[int]:
         return list(value) * dims if len(value) == 1 else list(value)
 
     sizes = []
-    for n, k, s, p, d, extra in zip(x.shape[2:], weight.shape[2:], each(stride), each(padding), each(dilation), each(output_padding), strict=True):
-        sizes.append((n - 1) * s - 2 * p + d * (k - 1) + extra + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1)
+    for n, k, s, p, d, extra in zip(
+        x.shape[2:],
+        weight.shape[2:],
+        each(stride),
+        each(padding),
+        each(dilation),
+        each(output_padding),
+        strict=True,
+    ):
+        sizes.append(
+            (n - 1) * s - 2 * p + d * (k - 1) + extra + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
+        )
     if any(n < 1 for n in sizes):
         return None
     return _blank(x, (x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0], *sizes))
 
 
-def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *args: Any) -> tuple[Tensor, ...] | None:
-    if x.ndim < 2 or not x.is_floating_point() or any(t is not None and t.shape[0] != x.shape[1] for t in (weight, bias, mean, var)):
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *args: Any
+) -> tuple[Tensor, ...] | None:
+    if (
+        x.ndim < 2
+        or not x.is_floating_point()
+        or any(t is not None and t.shape[0] != x.shape[1] for t in (weight, bias, mean, var))
+    ):
         return None
     out, empty = _pointwise([x]), _blank(x, (x.shape[1] if training else 0,))
     return None if out is None or empty is None else (out, empty, empty)

@@ -40,9 +40,7 @@ def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> An
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(v, fn, kind) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {
-            f.name: map_tensors(getattr(value, f.name), fn, kind) for f in dataclasses.fields(value) if f.init
-        }
+        changes = {f.name: map_tensors(getattr(value, f.name), fn, kind) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **changes)
     return value
 

@@ -76,7 +76,9 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
     elif tracer == "auto":
         tracer = "meta"
     if tracer not in ("fake", "concrete", "meta"):
-        raise TraceError(f"tracer is {tracer!r}; expected 'auto', 'fake', 'concrete', 'meta' or a function of (model, inputs).")
+        raise TraceError(
+            f"tracer is {tracer!r}; expected 'auto', 'fake', 'concrete', 'meta' or a function of (model, inputs)."
+        )
     if tracer == "meta":
         inputs = map_tensors(inputs, lambda t: t.to("meta"))
     try:
@@ -92,7 +94,9 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
 
 def describe_inputs(inputs: Inputs) -> str:
     """Shapes and dtypes of the arguments, for messages."""
-    shapes = [f"{path or 'input'}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for path, t in tensors_in(inputs)]
+    shapes = [
+        f"{path or 'input'}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for path, t in tensors_in(inputs)
+    ]
     return ", ".join(shapes) or "no tensors"
 
 
@@ -150,7 +154,11 @@ def plain_kernels() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _no_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            _no_mkldnn(),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -172,7 +180,10 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
     before = []
     for module in model.modules():
-        tables = [module.__dict__, *(module.__dict__[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))]
+        tables = [
+            module.__dict__,
+            *(module.__dict__[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")),
+        ]
         before.append([(table, table.copy()) for table in tables])
         if module.training:
             module.__dict__["training"] = False

@@ -116,11 +116,7 @@ class Coupling:
     def bind(self, node: fx.Node, axis: int, labels: Tensor | None) -> None:
         """Give an axis of a parameter labels that vary along other axes, if nothing has read its own yet."""
         own = self.labels_of(node)
-        first = (
-            node.op == "get_attr"
-            and next(iter(node.users)).name == self.node
-            and (node, axis) not in self._bound
-        )
+        first = node.op == "get_attr" and next(iter(node.users)).name == self.node and (node, axis) not in self._bound
         if labels is not None:
             labels = labels.reshape(labels.shape + (1,) * (len(own) - labels.ndim))
         if first and labels is not None:
@@ -194,7 +190,10 @@ class Coupling:
         self.regulars.append(Regular((*parts[:axis], None, *parts[axis:]), axis + 1))
 
     def regular(self, labels: Sequence[Tensor | None], axis: int) -> None:
-        self.regulars.append(Regular(tuple(labels), axis))
+        """A ragged axis: at every kept position of the other axes it keeps equally many units."""
+        own = labels[axis]
+        if own is not None and own.numel() > own.shape[axis]:
+            self.regulars.append(Regular(tuple(labels), axis))
 
 
 def moved(array: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:

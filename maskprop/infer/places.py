@@ -40,11 +40,7 @@ def bias_place(node: fx.Node) -> BiasPlace | None:
     )
     if isinstance(bias, fx.Node):
         plain = op.arg("beta", 1) == 1 and op.arg("alpha", 1) == 1
-        return (
-            BiasPlace("bias", str(bias.target))
-            if bias.op == "get_attr" and len(bias.users) == 1 and plain
-            else None
-        )
+        return BiasPlace("bias", str(bias.target)) if bias.op == "get_attr" and len(bias.users) == 1 and plain else None
     if node.target not in (aten.convolution.default, aten.mm.default):
         return None
     return _next_norm(node) or _next_add(node) or _new_bias(node, op)
@@ -53,11 +49,7 @@ def bias_place(node: fx.Node) -> BiasPlace | None:
 def weight_place(node: fx.Node) -> tuple[str, bool] | None:
     """The parameter that a contraction reads as its weight, and whether it is transposed on the way."""
     turned = False
-    while (
-        node.op == "call_function"
-        and node.target in (aten.t.default, aten.transpose.int)
-        and len(node.users) == 1
-    ):
+    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int) and len(node.users) == 1:
         turned = not turned
         (node,) = node.all_input_nodes
     if node.op == "get_attr" and len(node.users) == 1:

@@ -125,9 +125,7 @@ def select(
     found = Selection()
     if isinstance(config, (int, float)):
         rule = replace(base, ratio=_share("ratio", config))
-        found.rules = {
-            n: rule for n in names if not default_types or isinstance(paths.get(n), tuple(default_types))
-        }
+        found.rules = {n: rule for n in names if not default_types or isinstance(paths.get(n), tuple(default_types))}
     elif isinstance(config, Mapping):
         for number, (pattern, ratio) in enumerate(config.items()):
             rule = replace(base, number=number, ratio=_share(pattern, ratio))
@@ -227,11 +225,7 @@ def _named(where: str, key: str, value: str, paths: Mapping[str, nn.Module]) -> 
         close = difflib.get_close_matches(value, list(paths), n=3)
         raise SelectorError(
             f"{where} names '{value}' ({key}), which no module of the model is called."
-            + (
-                f" Did you mean {', '.join(map(repr, close))}?"
-                if close
-                else " Use the names of model.named_modules()."
-            )
+            + (f" Did you mean {', '.join(map(repr, close))}?" if close else " Use the names of model.named_modules().")
         )
     return found
 
@@ -254,9 +248,7 @@ def _match(pattern: str, names: Sequence[str]) -> list[str]:
 def _granularities(value: object) -> tuple[str, ...]:
     if value is None or value in _ANY_GRANULARITY:
         return ()
-    given = (
-        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    )
+    given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     for one in given:
         if one not in GRANULARITIES:
             raise SelectorError(

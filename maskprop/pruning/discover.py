@@ -61,8 +61,9 @@ class _Discovery:
         self.classes = len(structure.base.may)
         self.reach = self._reach()
         owned = [structure.base.groups_of(labels).reshape(-1) for *_, labels in structure.owned]
-        self.counts: csc_matrix = csc_matrix(self._incidence(owned) @ self.reach)
+        self.counts: csc_matrix = _sorted(csc_matrix(self._incidence(owned) @ self.reach))
         self.consumed = consumed_axes(structure.graph)
+        self.parameters = {name for name, _ in structure.model.named_parameters(remove_duplicate=False)}
         self.kinds = _Kinds(structure)
 
     def groups(self) -> list[Group]:
@@ -111,12 +112,10 @@ class _Discovery:
         for number, regular in enumerate(self.s.coupling.regulars):
             own = regular.labels[regular.axis]
             assert own is not None
-            blocks = np.moveaxis(self.s.base.groups_of(own), regular.axis, -1).reshape(
-                -1, own.shape[regular.axis]
-            )
+            blocks = np.moveaxis(self.s.base.groups_of(own), regular.axis, -1).reshape(-1, own.shape[regular.axis])
             if len(blocks) == 1:
                 continue
-            counts = csc_matrix(self._incidence(list(blocks)) @ self.reach)
+            counts = _sorted(csc_matrix(self._incidence(list(blocks)) @ self.reach))
             for unit in np.flatnonzero(np.diff(counts.indptr)).tolist():
                 rows, data = _column(counts, unit)
                 if len(rows) < len(blocks) or data.min() != data.max():
@@ -162,10 +161,7 @@ class _Discovery:
         if len(family) == 1:
             return not family[0].regulars
         units = self.s.units[[slot.units[0] for slot in family]]
-        return (
-            len(family[0].units) > 1
-            and not np.setdiff1d(units, np.flatnonzero(self.s.remove(units).removed)).size
-        )
+        return len(family[0].units) > 1 and not np.setdiff1d(units, np.flatnonzero(self.s.remove(units).removed)).size
 
     # -- groups ---------------------------------------------------------------------------------
 
@@ -203,17 +199,17 @@ class _Discovery:
         classes = self.s.base.groups_of(self.s.owned[array][2]).reshape(-1)
         where = np.full(self.classes, len(classes) + self.classes, dtype=np.int64)
         where[classes[::-1]] = np.arange(len(classes))[::-1]
-        return np.array([where[_column(self.reach, u)[0]].min() for u in units])
+        reached = self.reach[:, units]
+        return np.minimum.reduceat(where[reached.indices], reached.indptr[:-1])
 
     def _members(self, units: Ints, arrays: Ints) -> tuple[Member, ...]:
         number = np.full(self.classes, -1, dtype=np.int64)
-        for i, unit in enumerate(units):
-            number[_column(self.reach, unit)[0]] = i
+        reached = self.reach[:, units]
+        number[reached.indices] = np.repeat(np.arange(len(units)), np.diff(reached.indptr))
         members = []
-        parameters = dict(self.s.model.named_parameters(remove_duplicate=False))
         for j in arrays:
             name, axis, labels = self.s.owned[j]
-            if name not in parameters:
+            if name not in self.parameters:
                 continue
             owner = self.s.model.get_submodule(name.rpartition(".")[0])
             units_of = torch.from_numpy(number[self.s.base.groups_of(labels)])
@@ -274,6 +270,11 @@ class _Kinds:
 
 
 def _column(matrix: csc_matrix, column: int) -> tuple[Ints, Ints]:
+    """Rows and values of a column, whose indices are sorted."""
     part = slice(matrix.indptr[column], matrix.indptr[column + 1])
-    order = np.argsort(matrix.indices[part], kind="stable")
-    return matrix.indices[part][order].astype(np.int64), matrix.data[part][order].astype(np.int64)
+    return matrix.indices[part], matrix.data[part]
+
+
+def _sorted(matrix: csc_matrix) -> csc_matrix:
+    matrix.sort_indices()
+    return matrix

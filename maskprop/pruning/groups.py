@@ -242,8 +242,7 @@ class Groups(Sequence[Group]):
             return self._groups[key]
         if key not in self._by_name:
             raise GroupError(
-                f"there is no group '{key}'; print the groups to see their names, such as "
-                f"{list(self._by_name)[:3]}."
+                f"there is no group '{key}'; print the groups to see their names, such as {list(self._by_name)[:3]}."
             )
         return self._by_name[key]
 

@@ -88,19 +88,14 @@ def semi_structured_masks(model: nn.Module, *, ignore: Iterable[str] = ()) -> Ne
     """
     patterns, found = list(ignore), {}
     for path, module in model.named_modules():
-        if (
-            not isinstance(module, nn.Linear)
-            or module.in_features % 4
-            or any(fnmatchcase(path, p) for p in patterns)
-        ):
+        if not isinstance(module, nn.Linear) or module.in_features % 4 or any(fnmatchcase(path, p) for p in patterns):
             continue
         blocks = module.weight.detach().abs().reshape(-1, 4)
         keep = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, blocks.topk(2, dim=1).indices, True)
         found[path] = {"weight": keep.reshape(module.weight.shape)}
     if not found:
         raise SelectorError(
-            "2:4 masks need a Linear whose inputs are a multiple of four; the model has none that is not "
-            "ignored."
+            "2:4 masks need a Linear whose inputs are a multiple of four; the model has none that is not ignored."
         )
     return found
 
@@ -142,6 +137,5 @@ def _require_kernels(weight: Tensor) -> None:
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.int8):
         raise MaskingError(
-            f"2:4 sparse weights are float16, bfloat16 or int8; this one is {weight.dtype}. Convert the "
-            "model first."
+            f"2:4 sparse weights are float16, bfloat16 or int8; this one is {weight.dtype}. Convert the model first."
         )

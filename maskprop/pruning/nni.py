@@ -146,9 +146,7 @@ class TorchEvaluator:
             activation=activation,
         )
 
-    def _run(
-        self, model: nn.Module, step: Callable[..., Any], max_steps: int | None, max_epochs: int | None
-    ) -> None:
+    def _run(self, model: nn.Module, step: Callable[..., Any], max_steps: int | None, max_epochs: int | None) -> None:
         with suppress(_EnoughError):
             self.training_func(model, self.optimizers, step, self.lr_schedulers, max_steps, max_epochs)
 

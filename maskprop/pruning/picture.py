@@ -30,9 +30,7 @@ def draw_groups(groups: Groups, path: Path) -> None:
     lines = require("matplotlib.lines", "report", "Groups.draw")
     modules = _order(groups)
     column = {m: i for i, m in enumerate(modules)}
-    picture = figure.Figure(
-        figsize=(2.5 + 0.22 * len(modules), 1.8 + 0.22 * len(groups)), layout="constrained"
-    )
+    picture = figure.Figure(figsize=(2.5 + 0.22 * len(modules), 1.8 + 0.22 * len(groups)), layout="constrained")
     axes = picture.subplots()
     for row, group in enumerate(groups):
         colour = _COLOURS[group.granularity]
@@ -59,7 +57,5 @@ def _order(groups: Groups) -> list[str]:
     found = dict.fromkeys(p for g in groups for p in (*g.modules, *g.consumers))
     if groups.graph is None:
         return list(found)
-    used = dict.fromkeys(
-        str(n.target).rpartition(".")[0] for n in groups.graph.fx.nodes if n.op == "get_attr"
-    )
+    used = dict.fromkeys(str(n.target).rpartition(".")[0] for n in groups.graph.fx.nodes if n.op == "get_attr")
     return [p for p in used if p in found] + [p for p in found if p not in used]

@@ -76,8 +76,7 @@ class Pruner:
         self.limits = Limits(channel_multiple, min_units)
         if groups is not None and groups.model is not model:
             raise OptionError(
-                "the groups are another model's. Find them with prunable_groups(model, dummy_input) for "
-                "this one."
+                "the groups are another model's. Find them with prunable_groups(model, dummy_input) for this one."
             )
         if dummy_input is None and evaluator is not None:
             dummy_input = evaluator.dummy_input
@@ -86,9 +85,7 @@ class Pruner:
         self.groups = groups
         self.evaluator, self.training_steps = evaluator, training_steps
         self.dataset, self.loss = data, loss
-        self._score: ScoreFunction | None = score or (
-            self.default_score() if self.default_score is not None else None
-        )
+        self._score: ScoreFunction | None = score or (self.default_score() if self.default_score is not None else None)
         self.selection: Selection = select(
             model,
             groups,
@@ -99,9 +96,7 @@ class Pruner:
             default_types=self.default_types if dummy_input is None else (),
         )
         found = ((g, self.selection.rule_of(g)) for g in groups)
-        self.plan: dict[str, tuple[Group, Rule]] = {
-            g.name: (g, rule) for g, rule in found if rule is not None
-        }
+        self.plan: dict[str, tuple[Group, Rule]] = {g.name: (g, rule) for g, rule in found if rule is not None}
         self.removal: Removal | None = None
 
     # -- what a pruner of one's own overrides ---------------------------------------------------
@@ -120,9 +115,7 @@ class Pruner:
         chosen = [g for g, _ in self.plan.values()]
         activation = getattr(score, "activation", torch.relu)
         if self.evaluator is not None and self.dataset is None:
-            score.statistics = self.evaluator.collect(
-                self.model, chosen, score.needs, self.training_steps, activation
-            )
+            score.statistics = self.evaluator.collect(self.model, chosen, score.needs, self.training_steps, activation)
         elif self.dataset is not None:
             score.statistics = collect(
                 self.model, chosen, score.needs, self.dataset, self.loss, self.training_steps, activation

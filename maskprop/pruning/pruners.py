@@ -164,9 +164,7 @@ class LevelPruner(Pruner):
             ):
                 continue
             if rule.ratio is None:
-                raise RatioError(
-                    f"LevelPruner prunes by 'sparse_ratio'; the entry that names '{path}' has none."
-                )
+                raise RatioError(f"LevelPruner prunes by 'sparse_ratio'; the entry that names '{path}' has none.")
             chosen[f"{path}.weight".lstrip(".")] = (
                 tensor_of(module, "weight").detach().abs(),
                 rule.ratio,
@@ -174,8 +172,7 @@ class LevelPruner(Pruner):
             )
         if not chosen:
             raise OptionError(
-                "LevelPruner finds no weight to prune: the configuration names no Linear, convolution or "
-                "Embedding."
+                "LevelPruner finds no weight to prune: the configuration names no Linear, convolution or Embedding."
             )
         return chosen
 
@@ -221,12 +218,8 @@ class MovementPruner(Pruner):
         **options: Any,
     ) -> None:
         super().__init__(model, config, evaluator, training_steps, **options)
-        self._sums = {
-            name: torch.zeros(group.parts, dtype=torch.float64) for name, (group, _) in self.plan.items()
-        }
-        self._counted = range(
-            warmup_step, sys.maxsize if cooldown_begin_step is None else cooldown_begin_step
-        )
+        self._sums = {name: torch.zeros(group.parts, dtype=torch.float64) for name, (group, _) in self.plan.items()}
+        self._counted = range(warmup_step, sys.maxsize if cooldown_begin_step is None else cooldown_begin_step)
         self._steps = self._seen = 0
 
     def train(self) -> None:

@@ -98,9 +98,7 @@ def _leaks(groups: Groups) -> set[tuple[str, int]]:
     assert structure is not None
     if structure.leaks is None:
         masks: NestedMasks = {}
-        tested = {
-            g.name: _all_but_first(g) for g in groups
-        }  # with a live unit left, no value is wholly constant
+        tested = {g.name: _all_but_first(g) for g in groups}  # with a live unit left, no value is wholly constant
         for group in groups:
             for member in group.members:
                 if not member.consumes:
@@ -113,10 +111,6 @@ def _leaks(groups: Groups) -> set[tuple[str, int]]:
             for g in groups
             for m in g.members
             if m.consumes
-            and bool(
-                flagged[structure.base.groups_of(labels[m.name, m.axis])][
-                    _gone(m, tested[g.name]).numpy()
-                ].any()
-            )
+            and bool(flagged[structure.base.groups_of(labels[m.name, m.axis])][_gone(m, tested[g.name]).numpy()].any())
         }
     return structure.leaks

@@ -156,9 +156,7 @@ class LotteryTicketPruner(Schedule):
     ) -> None:
         super().__init__(pruner, interval_steps, total_times, evaluator, warmup_steps=warmup_steps)
         self._first = {name: p.detach().clone() for name, p in named_weights(self.model).items()}
-        self._buffers = {
-            n: copy.deepcopy(b) for n, b in self.model.named_buffers() if not n.endswith(".mask")
-        }
+        self._buffers = {n: copy.deepcopy(b) for n, b in self.model.named_buffers() if not n.endswith(".mask")}
         self._ratio = max((rule.ratio or 0.0 for _, rule in pruner.plan.values()), default=0.0)
 
     def share(self, progress: float) -> float:

@@ -30,9 +30,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda t: t.sum(0),
     "max": lambda t: t.amax(0),
     "min": lambda t: t.amin(0),
-    "prod": lambda t: (
-        t.clamp_min(0).log().mean(0).exp()
-    ),  # geometric mean: a product would only change the scale
+    "prod": lambda t: t.clamp_min(0).log().mean(0).exp(),  # geometric mean: a product would only change the scale
     "first": lambda t: t[0],
 }
 
@@ -84,9 +82,7 @@ class Score(ABC):
 
     def __call__(self, group: Group) -> Tensor:
         """Scores of a group's parts, float64 ``(parts,)``."""
-        scores = [
-            found.double() for m in self._members(group) if (found := self.member(group, m)) is not None
-        ]
+        scores = [found.double() for m in self._members(group) if (found := self.member(group, m)) is not None]
         if not scores:
             raise ScoreError(
                 f"{type(self).__name__} finds nothing to score in group '{group.name}'. Exclude the "
@@ -178,9 +174,7 @@ class BatchNormScale(Score):
         return [
             m
             for m in group.members
-            if not m.consumes
-            and issubclass(m.module, nn.modules.batchnorm._NormBase)
-            and m.name.endswith("weight")
+            if not m.consumes and issubclass(m.module, nn.modules.batchnorm._NormBase) and m.name.endswith("weight")
         ]
 
     def member(self, group: Group, member: Member) -> Tensor:
@@ -209,11 +203,7 @@ class Fisher(Score):
     def member(self, group: Group, member: Member) -> Tensor | None:
         """Weights by squared gradients."""
         squares = self.data().mean_of("squared_gradient", member.name)
-        return (
-            None
-            if squares is None
-            else group.rows(member, group.tensor(member).double().square() * squares).sum(1)
-        )
+        return None if squares is None else group.rows(member, group.tensor(member).double().square() * squares).sum(1)
 
 
 class OBD(Score):

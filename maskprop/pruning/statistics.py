@@ -83,6 +83,8 @@ def collect(
         stack.enter_context(frozen_state(model))
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.set_grad_enabled(bool(needs & _GRADIENTS)))
+        if "hessian" in needs:  # fused attention has no second derivative
+            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(_hooks(model, groups, needs & _ACTIVATIONS, found, activation))
         for number, batch in enumerate(data):
             if batches is not None and number >= batches:
@@ -93,8 +95,7 @@ def collect(
             found.batches += 1
     if not found.batches:
         raise ScoreError(
-            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a "
-            "DataLoader."
+            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a DataLoader."
         )
     return found
 
@@ -180,9 +181,7 @@ def _hooks(
         if axis is None:
             continue
 
-        def hook(
-            module: nn.Module, inputs: tuple[Any, ...], output: Any, path: str = path, axis: int = axis
-        ) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any, path: str = path, axis: int = axis) -> None:
             if kinds & {"activation_mean", "activation_nonzero"} and isinstance(output, Tensor):
                 out = activation(output.detach()).movedim(axis, 0).flatten(1)
                 if "activation_mean" in kinds:
@@ -209,7 +208,5 @@ def _channel_axis(module: nn.Module) -> int | None:
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         return 1
     return (
-        -1
-        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)) or type(module).__name__ == "Conv1D"
-        else None
+        -1 if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)) or type(module).__name__ == "Conv1D" else None
     )

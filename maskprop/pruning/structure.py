@@ -69,9 +69,7 @@ class Structure:
 
     def _units(self) -> Ints:
         """Labels' groups that can leave by themselves: no row of a split axis, and no such row pinned."""
-        row, outer, inner = (
-            self.base.triples.T if len(self.base.triples) else np.zeros((3, 0), dtype=np.int64)
-        )
+        row, outer, inner = self.base.triples.T if len(self.base.triples) else np.zeros((3, 0), dtype=np.int64)
         may = self.base.may.copy()
         while True:
             before = may.copy()
@@ -152,9 +150,7 @@ class Structure:
 
 def graph_cost(model: nn.Module, graph: Graph) -> Cost:
     """What a traced model costs: the measure that :meth:`Structure.cost` forecasts."""
-    shapes = {
-        n: n.meta["tensor"].shape for n in graph.fx.nodes if isinstance(n.meta.get("tensor"), TensorMeta)
-    }
+    shapes = {n: n.meta["tensor"].shape for n in graph.fx.nodes if isinstance(n.meta.get("tensor"), TensorMeta)}
     flops = 0
     for node in graph.fx.nodes:
         if is_op(node) and (formula := _formula(node)) is not None:

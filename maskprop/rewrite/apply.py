@@ -54,7 +54,9 @@ def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None
         try:
             tensor = tensor_of(model, name)
         except AttributeError as error:
-            raise PlanError(f"the plan changes '{name}', which the model does not have. Build the architecture that the plan was made from.") from error
+            raise PlanError(
+                f"the plan changes '{name}', which the model does not have. Build the architecture that the plan was made from."
+            ) from error
         with torch.no_grad():
             data = tensor.detach()
             sliced = plan.slice(name, data) if name in plan.keep else data

@@ -47,7 +47,10 @@ class CompactMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         mask = self._mask(attn_mask, key_padding_mask, batch, length, k.shape[0], q)
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = torch.cat([k, self.bias_k.expand(1, batch, -1)]), torch.cat([v, self.bias_v.expand(1, batch, -1)])
+            k, v = (
+                torch.cat([k, self.bias_k.expand(1, batch, -1)]),
+                torch.cat([v, self.bias_v.expand(1, batch, -1)]),
+            )
             mask = None if mask is None else F.pad(mask, (0, 1))
         q, k, v = (t.reshape(t.shape[0], batch, self.num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
         if self.add_zero_attn:
@@ -83,7 +86,13 @@ class CompactMultiheadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _mask(
-        self, attn_mask: Tensor | None, padding: Tensor | None, batch: int, length: int, keys: int, like: Tensor
+        self,
+        attn_mask: Tensor | None,
+        padding: Tensor | None,
+        batch: int,
+        length: int,
+        keys: int,
+        like: Tensor,
     ) -> Tensor | None:
         """One additive mask that broadcasts to (batch, heads, queries, keys)."""
         mask = None

@@ -51,7 +51,9 @@ class Customs:
             try:
                 replacer.replace_modules(speedup)
             except Exception as error:
-                raise ReplaceError(f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. The model is unchanged.") from error
+                raise ReplaceError(
+                    f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. The model is unchanged."
+                ) from error
         for path, module in list(edits.model.named_modules()):
             function = self._function(module)
             if function is None or self.owns(path) or not _shrinks(alignment.plan, path):
@@ -59,9 +61,13 @@ class Customs:
             try:
                 new = function(module, leaf_masks(graph, alignment, path))
             except Exception as error:
-                raise ReplaceError(f"the replace function for {type(module).__name__} failed on '{path}' with {type(error).__name__}: {error}. The model is unchanged.") from error
+                raise ReplaceError(
+                    f"the replace function for {type(module).__name__} failed on '{path}' with {type(error).__name__}: {error}. The model is unchanged."
+                ) from error
             if not isinstance(new, nn.Module):
-                raise ReplaceError(f"the replace function for {type(module).__name__} returned {type(new).__name__} for '{path}'; expected a torch.nn.Module. The model is unchanged.")
+                raise ReplaceError(
+                    f"the replace function for {type(module).__name__} returned {type(new).__name__} for '{path}'; expected a torch.nn.Module. The model is unchanged."
+                )
             edits.set_module(path, new)
             self.taken.append(path)
         return self._rest(alignment.plan)
@@ -96,12 +102,23 @@ def leaf_masks(graph: Graph, alignment: Alignment, path: str) -> LeafMasks:
     """``(input_masks, output_mask, weight_masks)`` of a leaf: 0/1 floats of the full shapes, 0 where a unit leaves."""
     ops = [n for n in graph.ops if n.meta["path"] == path]
     inside = set(ops)
-    outside = [s for n in ops for s in n.all_input_nodes if s.op != "get_attr" and s not in inside and s.meta.get("path") != path]
+    outside = [
+        s
+        for n in ops
+        for s in n.all_input_nodes
+        if s.op != "get_attr" and s not in inside and s.meta.get("path") != path
+    ]
     inputs = [kept_mask(alignment, n) for n in dict.fromkeys(outside)]
     results = [n for n in ops if any(u not in inside for u in n.users)]
-    output = kept_mask(alignment, results[-1]) if results and not isinstance(results[-1].meta["tensor"], tuple) else None
+    output = (
+        kept_mask(alignment, results[-1]) if results and not isinstance(results[-1].meta["tensor"], tuple) else None
+    )
     dot = path + "." if path else ""
-    weights = {name.removeprefix(dot): kept_mask(alignment, node) for name, node in alignment.states.items() if name.rpartition(".")[0] == path}
+    weights = {
+        name.removeprefix(dot): kept_mask(alignment, node)
+        for name, node in alignment.states.items()
+        if name.rpartition(".")[0] == path
+    }
     return inputs, output, weights
 
 

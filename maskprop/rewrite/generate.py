@@ -143,7 +143,15 @@ def _opaque_arguments(
     return found
 
 
-def _take_copies(module: nn.Module, args: Any, kwargs: Any, *, path: str, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
+def _take_copies(
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    *,
+    path: str,
+    names: Sequence[str],
+    found: dict[str, dict[str, Any]],
+) -> None:
     if path not in found:
         arguments = bind_arguments(module, (args, kwargs))
         found[path] = {name: copy_state(arguments[name]) for name in names}
@@ -169,7 +177,15 @@ def _tensors_below(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
     if isinstance(value, Tensor):
         memo[id(value)] = value
         return
-    below = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, type) else ()
+    below = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple, set))
+        else vars(value).values()
+        if hasattr(value, "__dict__") and not isinstance(value, type)
+        else ()
+    )
     for one in below:
         _tensors_below(one, memo, seen)
 
@@ -178,7 +194,14 @@ class _Generator:
     """Generates the forward of one module."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, path: str, replay: Replay, forward: fx.Graph, arguments: Arguments, fake: FakeTensorMode
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        path: str,
+        replay: Replay,
+        forward: fx.Graph,
+        arguments: Arguments,
+        fake: FakeTensorMode,
     ) -> None:
         self.model, self.module, self.path, self.replay = model, module, path, replay
         self.forward, self.arguments, self.fake = forward, arguments, fake
@@ -259,7 +282,20 @@ class _Generator:
         shapes = self.replay.shapes[want]
         if name == "scaled_dot_product_attention":
             node.kwargs = {**node.kwargs, "scale": _attention_scale(self.dense[self.at :])}
-        elif name in ("view", "reshape", "expand", "unflatten", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full", "repeat", "tile"):
+        elif name in (
+            "view",
+            "reshape",
+            "expand",
+            "unflatten",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "zeros",
+            "ones",
+            "full",
+            "repeat",
+            "tile",
+        ):
             self._mend_sizes(node, env, name, want, shapes[0] or ())
         elif name in ("split", "split_with_sizes"):
             dim = _split_dim(node)
@@ -268,12 +304,18 @@ class _Generator:
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
         else:
             scalars = [a for a in want.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-            numbers = [i for i, a in enumerate(node.args) if isinstance(a, (int, float)) or (isinstance(a, fx.Node) and isinstance(env.get(a), (int, float)))]
+            numbers = [
+                i
+                for i, a in enumerate(node.args)
+                if isinstance(a, (int, float)) or (isinstance(a, fx.Node) and isinstance(env.get(a), (int, float)))
+            ]
             if len(scalars) != 1 or len(numbers) != 1:
                 raise _GiveUp(f"'{node.format_node()}' holds a number that cannot be told")
             node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
 
-    def _mend_sizes(self, node: fx.Node, env: dict[fx.Node, Any], name: str, want: fx.Node, shape: Sequence[int]) -> None:
+    def _mend_sizes(
+        self, node: fx.Node, env: dict[fx.Node, Any], name: str, want: fx.Node, shape: Sequence[int]
+    ) -> None:
         """Write planned sizes over literals, and over computed sizes that come out wrong."""
         start = 0 if name in ("zeros", "ones", "full") else 2 if name == "unflatten" else 1
         head, tail = node.args[:start], node.args[start:]
@@ -315,5 +357,3 @@ def _live_training(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 live = graph.get_attr("training")
             node.kwargs = {**node.kwargs, "training": live}
-
-

@@ -43,7 +43,14 @@ def build_class(base: type, source: str, imports: Imports) -> type:
 
 @functools.lru_cache(maxsize=None)
 def _build(base: type, source: str, imports: Imports) -> type:
-    scope: dict[str, Any] = {"torch": torch, "math": math, "operator": operator, "inf": math.inf, "nan": math.nan, "device": torch.device}
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "math": math,
+        "operator": operator,
+        "inf": math.inf,
+        "nan": math.nan,
+        "device": torch.device,
+    }
     for name, (module, attribute) in imports:
         scope[name] = _find(module, attribute)
     exec(compile(source, f"<maskprop: forward of {base.__name__}>", "exec"), scope)
@@ -75,7 +82,10 @@ def _address(value: Any) -> tuple[str, str] | None:
     """Module and qualified name by which an object can be imported again."""
     if type(value).__name__ == "module":
         return value.__name__, ""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
+    module, name = (
+        getattr(value, "__module__", None),
+        getattr(value, "__qualname__", getattr(value, "__name__", None)),
+    )
     if value is None or not isinstance(module, str) or not isinstance(name, str):
         return _by_search(value)
     try:
@@ -87,14 +97,26 @@ def _address(value: Any) -> tuple[str, str] | None:
 def _by_search(value: Any) -> tuple[str, str] | None:
     """Built-in functions do not say where they live; look in torch's public namespaces."""
     name = getattr(value, "__name__", None)
-    for module in ("torch", "torch.nn.functional", "torch._C._nn", "torch._C._special", "operator", "math", "builtins"):
+    for module in (
+        "torch",
+        "torch.nn.functional",
+        "torch._C._nn",
+        "torch._C._special",
+        "operator",
+        "math",
+        "builtins",
+    ):
         if isinstance(name, str) and getattr(_find(module, ""), name, None) is value:
             return module, name
     return None
 
 
 def _find(module: str, name: str) -> Any:
-    value: Any = importlib.import_module(module) if module not in ("torch._C._nn", "torch._C._special") else functools.reduce(getattr, module.split(".")[1:], torch)
+    value: Any = (
+        importlib.import_module(module)
+        if module not in ("torch._C._nn", "torch._C._special")
+        else functools.reduce(getattr, module.split(".")[1:], torch)
+    )
     for part in name.split(".") if name else []:
         value = getattr(value, part)
     return value

@@ -26,7 +26,9 @@ class LeafPlan:
 
     def touches(self, module: nn.Module) -> bool:
         """Whether any of the module's own tensors shrinks."""
-        return any(self._dot + key in self._plan.keep for table in (module._parameters, module._buffers) for key in table)
+        return any(
+            self._dot + key in self._plan.keep for table in (module._parameters, module._buffers) for key in table
+        )
 
     def blocks(self, key: str, count: int, tensor: Tensor) -> int:
         """Of ``count`` equal blocks of a tensor's rows, how many keep a row."""
@@ -100,7 +102,10 @@ def _batch_norm(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
 @leaf(nn.GroupNorm)
 def _group_norm(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
     assert isinstance(module, nn.GroupNorm)
-    return {"num_channels": _shape(module, "weight")[0], "num_groups": plan.blocks("weight", module.num_groups, module.weight)}
+    return {
+        "num_channels": _shape(module, "weight")[0],
+        "num_groups": plan.blocks("weight", module.num_groups, module.weight),
+    }
 
 
 @leaf(nn.LayerNorm, nn.RMSNorm)

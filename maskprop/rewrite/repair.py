@@ -97,7 +97,9 @@ class Repair:
             self.pinned.append(str(mismatch))
             pins += more
             alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins))
-        raise RewriteError(f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was at {self.pinned[-1]}. The model is unchanged.")
+        raise RewriteError(
+            f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was at {self.pinned[-1]}. The model is unchanged."
+        )
 
     # -- mending --------------------------------------------------------------------------------
 
@@ -155,7 +157,11 @@ class Repair:
             return changes
         below = candidate.size.path.removeprefix(candidate.path)
         for path, module in model.named_modules():
-            if type(module) is not kind or path == candidate.path or dict(_attributes(module)).get(candidate.attribute) != candidate.old:
+            if (
+                type(module) is not kind
+                or path == candidate.path
+                or dict(_attributes(module)).get(candidate.attribute) != candidate.old
+            ):
                 continue
             size = candidate.size.at(replay, path + below if path else below.lstrip("."))
             if size is not None and size.old != size.new:
@@ -194,7 +200,9 @@ class Repair:
         position = replay.position(mismatch.op)
         found: list[Pin] = []
         for node in replay.ops:
-            alike = node.meta["module"] is kind and node.target is mismatch.op.target and replay.position(node) == position
+            alike = (
+                node.meta["module"] is kind and node.target is mismatch.op.target and replay.position(node) == position
+            )
             if alike and (mismatch.path not in self._failed or node.meta["path"] in self._failed):
                 found += self._pin_node(alignment, node)
         if not found:  # nothing leaves at the op itself: the module's other ops must be at fault
@@ -210,7 +218,13 @@ class Repair:
             labels = alignment.coupling.labels.get(one)
             for array in (a for part in (labels if isinstance(labels, tuple) else [labels or []]) for a in part):
                 if array is not None and alignment.solution.leaves(array).any():
-                    found.append(Pin(array, f"{node.target} in '{node.meta['path']}' could not be made to follow", node.name))
+                    found.append(
+                        Pin(
+                            array,
+                            f"{node.target} in '{node.meta['path']}' could not be made to follow",
+                            node.name,
+                        )
+                    )
         return found
 
 
@@ -281,7 +295,12 @@ def _replaced(value: Any, old: int, new: int) -> Any:
         return None
     if isinstance(value, (int, float)):
         return type(value)(new) if value == old else None
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list) and old in value and all(isinstance(v, int) for v in value):
+    if (
+        isinstance(value, (tuple, list))
+        and type(value) in (tuple, list)
+        and old in value
+        and all(isinstance(v, int) for v in value)
+    ):
         return type(value)(new if v == old else v for v in value)
     return None
 
@@ -299,4 +318,3 @@ def _lineage(path: str) -> Sequence[str]:
     """The module and its ancestors, the nearest first."""
     parts = path.split(".") if path else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
-

@@ -16,12 +16,24 @@ from maskprop.graph.trace import Inputs, trace_partial
 aten = torch.ops.aten
 
 # Ops that only lay memory out: whether they appear depends on sizes and strides.
-_LAYOUT = {aten.empty.memory_format, aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.dropout.default}
+_LAYOUT = {
+    aten.empty.memory_format,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+}
 _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
 }  # fmt: skip
-_SAME = {aten._unsafe_view.default: aten.view.default, aten.reshape.default: aten.view.default, aten.mm.default: aten.addmm.default}
+_SAME = {
+    aten._unsafe_view.default: aten.view.default,
+    aten.reshape.default: aten.view.default,
+    aten.mm.default: aten.addmm.default,
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,9 @@ class Replay:
             return lenient
         return found if found.index >= lenient.index - 3 and found.path == lenient.path else lenient
 
-    def _first_mismatch(self, actual: list[fx.Node], error: Exception | None, path: str, strict: bool) -> Mismatch | None:
+    def _first_mismatch(
+        self, actual: list[fx.Node], error: Exception | None, path: str, strict: bool
+    ) -> Mismatch | None:
         dense = self.significant(self.ops, dense=True, strict=strict)
         compact = self.significant(actual, dense=False, strict=strict)
         for want, got in zip(dense, compact, strict=False):
@@ -128,7 +142,14 @@ class Replay:
         at = dense[n] if n < len(dense) else None
         index = len(self.ops) if at is None else self._place[at]
         if error is not None:
-            return Mismatch(index, path, at, None if at is None else self.shapes[at], "an exception", f"{type(error).__name__}: {error}")
+            return Mismatch(
+                index,
+                path,
+                at,
+                None if at is None else self.shapes[at],
+                "an exception",
+                f"{type(error).__name__}: {error}",
+            )
         if len(dense) != len(compact):
             where = str((at if at is not None else compact[n]).meta["path"])
             return Mismatch(index, where, at, f"{len(dense)} ops", f"{len(compact)} ops")
@@ -164,10 +185,11 @@ class Replay:
                 return left, right
         if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
             for a, b in zip(_scalars(want), _scalars(got), strict=False):
-                if a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))):
+                if a != b and not (
+                    isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+                ):
                     return a, b
         return None
-
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         """The value of a constant of ``forward``, read through ops that do not change it."""
@@ -191,5 +213,3 @@ def _scalars(node: fx.Node) -> Iterator[float]:
     for arg in node.args:
         if isinstance(arg, (int, float)) and not isinstance(arg, bool):
             yield arg
-
-

@@ -67,9 +67,7 @@ class Snapshot:
         before = self.attributes[path]
         for name, value in _attributes(module).items():
             old = before.get(name, _ABSENT)
-            if old is value or (
-                _is_plain(old) and _is_plain(value) and type(old) is type(value) and old == value
-            ):
+            if old is value or (_is_plain(old) and _is_plain(value) and type(old) is type(value) and old == value):
                 continue
             if not _is_plain(value):
                 change.obstacle = f"its attribute '{name}' became a {type(value).__name__}"
@@ -95,9 +93,7 @@ class ModuleChange:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; what is absent is left out."""
         return {
-            "attributes": {
-                name: [_encode(old), _encode(new)] for name, (old, new) in self.attributes.items()
-            },
+            "attributes": {name: [_encode(old), _encode(new)] for name, (old, new) in self.attributes.items()},
             **({"class": self.cls} if self.cls else {}),
             **({"obstacle": self.obstacle} if self.obstacle else {}),
         }
@@ -121,9 +117,7 @@ def check_architecture(model: nn.Module, expected: dict[str, Any]) -> None:
     """
     actual = architecture(model)
     advice = "Build the dense architecture that was sped up, with the same arguments."
-    same_torch = (
-        expected["torch"] == actual["torch"]
-    )  # other versions may print a module's settings otherwise
+    same_torch = expected["torch"] == actual["torch"]  # other versions may print a module's settings otherwise
     for path, (kind, settings) in expected["modules"].items():
         if path not in actual["modules"]:
             raise ArchitectureError(
@@ -132,8 +126,7 @@ def check_architecture(model: nn.Module, expected: dict[str, Any]) -> None:
         got, got_settings = actual["modules"][path]
         if got != kind or (same_torch and settings != got_settings):
             raise ArchitectureError(
-                f"the plan was made for {kind}({settings}) at '{path}'; this model has "
-                f"{got}({got_settings}). {advice}"
+                f"the plan was made for {kind}({settings}) at '{path}'; this model has {got}({got_settings}). {advice}"
             )
     for name, shape in expected["tensors"].items():
         found = actual["tensors"].get(name)
@@ -223,9 +216,7 @@ def sub_record(record: dict[str, Any], prefix: str) -> dict[str, Any]:
         plan = step["plan"]
         named = [{**a, "name": a["name"].removeprefix(dot)} for a in plan["add"] if a["name"].startswith(dot)]
         tables = {key: cut(plan[key]) for key in ("shapes", "keep", "new_bias")}
-        steps.append(
-            {"plan": {**plan, **tables, "add": named, "attributes": []}, "modules": own(step["modules"])}
-        )
+        steps.append({"plan": {**plan, **tables, "add": named, "attributes": []}, "modules": own(step["modules"])})
     architecture = {**dense, "tensors": cut(dense["tensors"]), "modules": own(dense["modules"])}
     return {**record, "dense": architecture, "steps": steps}
 
@@ -262,9 +253,7 @@ def _build_class(module: nn.Module, path: str, data: dict[str, Any], trust_code:
         return _CLASSES[data["name"]]
     used = names_in(data["source"])
     imports = tuple((name, (home, attribute)) for name, (home, attribute) in data["imports"] if name in used)
-    children = {
-        part for name, _ in [*module.named_modules(), *module.named_parameters()] for part in name.split(".")
-    }
+    children = {part for name, _ in [*module.named_modules(), *module.named_parameters()] for part in name.split(".")}
     complaint = None if trust_code else vet(data["source"], imports, children)
     if complaint is not None:
         raise LoadError(

@@ -105,12 +105,16 @@ class Reference:
         found = []
         for i, path in enumerate(self.paths):
             values = [o[i] for o in self.outputs]
-            if values[0].is_floating_point() and all(v.numel() > 1 and bool((v == v.flatten()[0]).all()) for v in values):
+            if values[0].is_floating_point() and all(
+                v.numel() > 1 and bool((v == v.flatten()[0]).all()) for v in values
+            ):
                 found.append(path or "the output")
         return found
 
 
-def first_difference(graph: Graph, state: Mapping[str, Tensor], alignment: Alignment, model: nn.Module, inputs: Inputs) -> str:
+def first_difference(
+    graph: Graph, state: Mapping[str, Tensor], alignment: Alignment, model: nn.Module, inputs: Inputs
+) -> str:
     """Where the compact model first departs from the masked one, in words; empty if that cannot be told."""
     replay = Replay(graph, alignment)
     compact, error, _ = trace_partial(model, inputs, graph.concrete)
@@ -151,7 +155,9 @@ def _check(path: str, actual: Tensor, expected: Tensor) -> Check:
         return Check(path, float((actual != expected).double().mean()) if expected.numel() else 0.0, tolerance)
     a, b = actual.double(), expected.double()
     same = a.isfinite() & b.isfinite()
-    if not torch.equal(torch.where(same, 0.0, torch.nan_to_num(a)), torch.where(same, 0.0, torch.nan_to_num(b))) or not torch.equal(a.isnan(), b.isnan()):
+    if not torch.equal(
+        torch.where(same, 0.0, torch.nan_to_num(a)), torch.where(same, 0.0, torch.nan_to_num(b))
+    ) or not torch.equal(a.isnan(), b.isnan()):
         return Check(path, float("inf"), tolerance)
     a, b = torch.where(same, a, 0.0), torch.where(same, b, 0.0)
     norm = float(b.norm())

@@ -123,9 +123,7 @@ def _lay_out(made: Network) -> None:
     graph = nx.DiGraph(made.edges)
     graph.add_nodes_from(made.boxes)
     if not nx.is_directed_acyclic_graph(graph):  # a module that is called twice feeds itself
-        graph = nx.DiGraph(
-            (a, b) for a, b in made.edges if list(made.boxes).index(a) < list(made.boxes).index(b)
-        )
+        graph = nx.DiGraph((a, b) for a, b in made.edges if list(made.boxes).index(a) < list(made.boxes).index(b))
         graph.add_nodes_from(made.boxes)
     for row, names in enumerate(nx.topological_generations(graph)):
         wanted = {}

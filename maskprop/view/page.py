@@ -96,9 +96,7 @@ def _svg(made: Network) -> str:
     height = (max((b.y for b in boxes), default=0) + 1) * _ROW + 20
     view = f"{left:.0f} -20 {right - left:.0f} {height}"
     edges = "".join(_edge(made.boxes[a], made.boxes[b]) for a, b in made.edges)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{edges}{"".join(map(_box, boxes))}</svg>'
-    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{edges}{"".join(map(_box, boxes))}</svg>'
 
 
 def _edge(above: Box, below: Box) -> str:

@@ -100,9 +100,7 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         length = x.size(1)
-        q, k, v = (
-            split_heads(t, self.num_heads) for t in self.c_attn(self.ln_1(x)).split(self.split_size, dim=2)
-        )
+        q, k, v = (split_heads(t, self.num_heads) for t in self.c_attn(self.ln_1(x)).split(self.split_size, dim=2))
         scores = q @ k.transpose(-1, -2) / self.head_dim**0.5
         scores = torch.where(self.causal[:length, :length], scores, torch.finfo(scores.dtype).min)
         x = x + self.c_proj(merge_heads(scores.softmax(-1) @ v))
@@ -148,11 +146,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
     """``(batch, kv heads, length, dims) -> (batch, kv heads * repeats, length, dims)``."""
     batch, heads, length, dims = x.shape
-    return (
-        x[:, :, None]
-        .expand(batch, heads, repeats, length, dims)
-        .reshape(batch, heads * repeats, length, dims)
-    )
+    return x[:, :, None].expand(batch, heads, repeats, length, dims).reshape(batch, heads * repeats, length, dims)
 
 
 class LlamaBlock(nn.Module):
@@ -223,11 +217,7 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
-        qkv = (
-            self.qkv(self.norm1(x))
-            .reshape(batch, length, 3, self.num_heads, self.head_dim)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
         x = x + self.gamma * self.proj(h)
@@ -273,11 +263,7 @@ class Swin(nn.Module):
         w = self.window
         x = torch.roll(self.norm(shortcut), (-2, -2), (1, 2))
         x = x.view(B, H // w, w, W // w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, C)
-        qkv = (
-            self.qkv(x)
-            .reshape(x.size(0), w * w, 3, self.num_heads, C // self.num_heads)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(x).reshape(x.size(0), w * w, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]
         bias = self.table[self.index].view(w * w, w * w, -1).permute(2, 0, 1)
         scores = (q * (C // self.num_heads) ** -0.5) @ k.transpose(-2, -1) + bias[None]
@@ -323,9 +309,7 @@ class EinsumAttention(nn.Module):
 
     def __init__(self, width: int = 24, heads: int = 4, dims: int = 6) -> None:
         super().__init__()
-        self.wq, self.wk, self.wv = (
-            nn.Parameter(torch.randn(width, heads, dims) / width**0.5) for _ in range(3)
-        )
+        self.wq, self.wk, self.wv = (nn.Parameter(torch.randn(width, heads, dims) / width**0.5) for _ in range(3))
         self.wo = nn.Parameter(torch.randn(heads, dims, width) / width**0.5)
         self.scale = dims**-0.5
 

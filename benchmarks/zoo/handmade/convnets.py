@@ -63,9 +63,7 @@ class VGG(nn.Module):
         for inp, out in zip((3, *widths), widths, strict=False):
             layers += [nn.Conv2d(inp, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(True), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            nn.Linear(widths[-1] * 16, 20), nn.ReLU(True), nn.Dropout(), nn.Linear(20, 5)
-        )
+        self.classifier = nn.Sequential(nn.Linear(widths[-1] * 16, 20), nn.ReLU(True), nn.Dropout(), nn.Linear(20, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(x).flatten(1))
@@ -309,14 +307,10 @@ class SqueezeNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 12, 3, stride=2), nn.ReLU(True), nn.MaxPool2d(3, 2, ceil_mode=True)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, stride=2), nn.ReLU(True), nn.MaxPool2d(3, 2, ceil_mode=True))
         self.squeeze = nn.Conv2d(12, 6, 1)
         self.expand1, self.expand3 = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, padding=1)
-        self.classifier = nn.Sequential(
-            nn.Dropout(), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1))
-        )
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Conv2d(16, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.squeeze(self.stem(x)))

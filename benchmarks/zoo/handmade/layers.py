@@ -53,9 +53,7 @@ _between_convs("transposed_pointwise", lambda: nn.ConvTranspose2d(8, 12, 1))
 _between_convs("group_norm", lambda: nn.GroupNorm(4, 8), 8)
 _between_convs("group_norm_single", lambda: nn.GroupNorm(1, 8), 8)
 _between_convs("instance_norm", lambda: nn.InstanceNorm2d(8, affine=True), 8)
-_between_convs(
-    "instance_norm_tracked", lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8
-)
+_between_convs("instance_norm_tracked", lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8)
 _between_convs("batch_norm_plain", lambda: nn.BatchNorm2d(8, affine=False), 8)
 _between_convs("batch_norm_no_stats", lambda: nn.BatchNorm2d(8, track_running_stats=False), 8)
 _between_convs("prelu", lambda: nn.PReLU(8), 8)
@@ -66,9 +64,7 @@ _between_convs("max_pool", lambda: nn.MaxPool2d(3, 2, 1), 8)
 _between_convs("lp_pool", lambda: nn.LPPool2d(2, 2), 8)
 _between_convs("adaptive_max_pool", lambda: nn.AdaptiveMaxPool2d(3), 8)
 _between_convs("upsample_nearest", lambda: nn.Upsample(scale_factor=2), 8)
-_between_convs(
-    "upsample_bilinear", lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), 8
-)
+_between_convs("upsample_bilinear", lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), 8)
 _between_convs("upsample_bicubic", lambda: nn.Upsample(size=(13, 9), mode="bicubic"), 8)
 _between_convs("pad_zero", lambda: nn.ZeroPad2d((1, 2, 0, 1)), 8)
 _between_convs("pad_constant", lambda: nn.ConstantPad2d(1, 0.7), 8)
@@ -145,9 +141,7 @@ _around(
     stretches=True,
 )
 _around("batch_norm_1d", images(12), lambda: (nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)))
-_around(
-    "sync_batch_norm", images(3, 8, 8), lambda: (nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.Conv2d(8, 4, 3))
-)
+_around("sync_batch_norm", images(3, 8, 8), lambda: (nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.Conv2d(8, 4, 3)))
 _around(
     "embedding",
     tokens(20, 6),

@@ -259,9 +259,7 @@ class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(12, 16)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -201,9 +201,7 @@ class Convolution(Rule):
             found = _constants(x, live, channels, groups, ragged)
             carrier = ragged or found[0].ndim > 1
             kind = (
-                "bias"
-                if not carrier and bias_place(op.node)
-                else ("carrier" if weight_place(op.inputs[1]) else None)
+                "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_place(op.inputs[1]) else None)
             )
             if c.constants == "fold" and kind == "carrier" and bias_place(op.node):
                 kind = "bias"
@@ -261,9 +259,7 @@ def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) 
     return maps, foldable
 
 
-def split_rows(
-    rows: Tensor | None, groups: int, size: int, c: Coupling
-) -> tuple[Tensor | None, Tensor | None]:
+def split_rows(rows: Tensor | None, groups: int, size: int, c: Coupling) -> tuple[Tensor | None, Tensor | None]:
     """A labelled axis as (groups, size): outer (G,) and inner (G, size) labels."""
     if rows is None:
         return None, None

@@ -44,9 +44,7 @@ class Cat(Rule):
             return evaluate(op, facts)
         if all(f.nothing for f in facts):
             return Fact.unknown(len(op.shape))
-        known, zero = (
-            self._join(op, list(parts)) for parts in zip(*((f.known, f.zero) for f in facts), strict=True)
-        )
+        known, zero = (self._join(op, list(parts)) for parts in zip(*((f.known, f.zero) for f in facts), strict=True))
         return Fact(known, zero, lambda: self._join(op, [f.value() for f in facts]))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:

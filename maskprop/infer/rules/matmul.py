@@ -143,9 +143,7 @@ class MatMul(Rule):
         constant = a.known & live
         if c.constants == "drop":
             live = live & ~a.known
-        elif (
-            b.total and not a.total and len(op.shape) == 2 and constant.shape[0] == 1 and bool(constant.any())
-        ):
+        elif b.total and not a.total and len(op.shape) == 2 and constant.shape[0] == 1 and bool(constant.any()):
             kind = "bias" if bias_place(op.node) else "carrier" if weight_place(op.inputs[o.b]) else None
             if kind is not None and a.value().shape[0] == 1:
                 value = torch.where(constant, a.value(), 0.0).reshape(-1)
@@ -172,9 +170,7 @@ def _product(a: Fact, b: Fact, length: int) -> Fact:
     if left.shape[-1] == 1 and right.shape[-2] == 1:
         value = left * right * length
     else:
-        value = left.expand(*left.shape[:-1], length) @ right.expand(
-            *right.shape[:-2], length, right.shape[-1]
-        )
+        value = left.expand(*left.shape[:-1], length) @ right.expand(*right.shape[:-2], length, right.shape[-1])
     value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))
     return Fact.of_value(torch.where(known, value, 0.0), known)
 

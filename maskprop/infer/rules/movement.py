@@ -10,14 +10,13 @@ elements the other way. Only a reshape that splits or merges axes makes new labe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, any_over, reduce_to, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, register_rule
@@ -60,7 +59,7 @@ class Permute(Step):
         return t.permute([self.order.index(d) for d in range(len(self.order))])
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
-        return [None if a is None else self.move(a) for a in (labels[d] for d in self.order)]
+        return [moved(labels[d], self.move) for d in self.order]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Expand(Step):
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         lead = len(self.dst) - len(self.src)
-        out: Labels = [None] * lead + [None if a is None else self.move(a) for a in labels]
+        out: Labels = [*[None] * lead, *(moved(a, self.move) for a in labels)]
         for axis, n in enumerate(self.dst):
             grows = n > 1 and (axis < lead or self.src[axis - lead] == 1)
             if not grows or axis == 0 or not self.merges_next:
@@ -113,6 +112,12 @@ class Expand(Step):
 
 @dataclass(frozen=True)
 class Slice(Step):
+    """A part of an axis.
+
+    Halves stay halves, since their bounds are usually computed from the size. Other bounds follow the units before
+    them; whether ``forward`` can express that, the replay tells.
+    """
+
     src: Shape
     dim: int
     start: int
@@ -143,15 +148,24 @@ class Slice(Step):
         return out
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
-        if self.dst != self.src:
-            cut(labels, self.dim, self.src[self.dim], self.start, self.stop, self.step, c, self.pins)
+        dim, size, bounds = self.dim, self.src[self.dim], (self.start, self.stop)
+        if self.dst == self.src:
+            return labels
+        if self.pins or self.step != 1:
+            c.pin(labels[dim], self.pins or f"is cut at {self.start}:{self.stop}:{self.step} of {size}")
+        elif size % 2 == 0 and bounds in ((0, size // 2), (size // 2, size)):
+            c.chunks(labels, dim, 2)
+        elif self.start:  # of a ragged axis, the slice starts after as many units everywhere
+            before = Slice(self.src, dim, 0, self.start)
+            c.regular([moved(a, before.move) for a in labels], dim)
         return self._moved(labels, c)
 
     def _moved(self, labels: Labels, c: Coupling) -> Labels:
-        out: Labels = [None if a is None else self.move(a) for a in labels]
+        out = [moved(a, self.move) for a in labels]
         part = out[self.dim]
         if part is not None:
             c.nonempty.append(part)
+            c.regular(out, self.dim)
         return out
 
 
@@ -181,21 +195,7 @@ class Roll(Step):
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         for d in self.dims:
             c.pin(labels[d], "is rolled or flipped along this axis")
-        return [None if a is None or i in self.dims else self.move(a) for i, a in enumerate(labels)]
-
-
-def cut(
-    labels: Labels, dim: int, size: int, start: int, stop: int, step: int, c: Coupling, pins: str = ""
-) -> None:
-    """A slice of a labelled axis.
-
-    Halves stay halves, since their bounds are usually computed from the size. Other bounds follow the units before
-    them; whether ``forward`` can express that, the replay tells.
-    """
-    if pins or step != 1:
-        c.pin(labels[dim], pins or f"is cut at {start}:{stop}:{step} of {size}")
-    elif size % 2 == 0 and (start, stop) in ((0, size // 2), (size // 2, size)):
-        c.chunks(labels, dim, 2)
+        return [None if i in self.dims else moved(a, self.move) for i, a in enumerate(labels)]
 
 
 # -- reshape ------------------------------------------------------------------------------------
@@ -270,18 +270,18 @@ def _bounds(sizes: Sequence[int]) -> list[int]:
 
 def _couple_reshape(labels: Labels, src: Sequence[int], dst: Sequence[int], c: Coupling) -> Labels:
     """Labels through a reshape in which every group of axes is either split or merged."""
-    moved: Labels = [None if a is None else reshape(a, src, dst) for a in labels]
+    reshaped = [moved(a, lambda t: reshape(t, src, dst)) for a in labels]
     out: Labels = [None] * len(dst)
     splits: list[tuple[Tensor, list[int]]] = []
     for ins, outs in axis_groups(src, dst):
         if len(ins) == 1:
-            rows = moved[ins[0]]
+            rows = reshaped[ins[0]]
             if rows is not None and len(outs) == 1:
                 out[outs[0]] = rows
             elif rows is not None:
                 splits.append((rows, outs))
         else:
-            out[outs[0]] = _merge([moved[i] for i in ins], c)
+            out[outs[0]] = _merge([reshaped[i] for i in ins], c)
     for rows, outs in splits:
         _split(rows, outs, out, c)
     return out
@@ -307,8 +307,7 @@ def _split(rows: Tensor, axes: list[int], out: Labels, c: Coupling) -> None:
         out[axis], rows = outer, inner
         made.append(axis)
     for axis in varying:
-        if any(n > 1 for i, n in enumerate(_must(out[axis]).shape) if i != axis):
-            c.regular(out, axis)
+        c.regular(out, axis)
 
 
 def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
@@ -321,11 +320,6 @@ def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
             c.triple(made, part, rows)
             rows = made
     return rows
-
-
-def _must(array: Tensor | None) -> Tensor:
-    assert array is not None
-    return array
 
 
 # -- the rules ----------------------------------------------------------------------------------
@@ -397,9 +391,7 @@ def _row_axis(step: Step, axis: int | None) -> int | None:
     """Where the axis whose elements sum to one goes."""
     if axis is None or isinstance(step, (Slice, Roll)):
         untouched = axis is not None and (
-            getattr(step, "dim", None) != axis
-            if isinstance(step, Slice)
-            else axis not in getattr(step, "dims", ())
+            getattr(step, "dim", None) != axis if isinstance(step, Slice) else axis not in getattr(step, "dims", ())
         )
         return axis if untouched else None
     if isinstance(step, Permute):
@@ -464,9 +456,7 @@ def _select(op: Op) -> list[Step]:
 
 def _unbind(op: Op) -> list[list[Step]]:
     (dim,) = _dims(op)
-    return [
-        _select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])
-    ]
+    return [_select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])]
 
 
 def _split_parts(op: Op) -> list[list[Step]]:
@@ -474,8 +464,7 @@ def _split_parts(op: Op) -> list[list[Step]]:
     sizes = [m.shape[dim] for m in op.results if m is not None]
     if len(set(sizes)) == 1:  # equal parts, however many
         return [
-            [Part(op.shapes[0], dim, i * sizes[0], (i + 1) * sizes[0], parts=len(sizes))]
-            for i in range(len(sizes))
+            [Part(op.shapes[0], dim, i * sizes[0], (i + 1) * sizes[0], parts=len(sizes))] for i in range(len(sizes))
         ]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [[Part(op.shapes[0], dim, s, s + n, parts=0)] for s, n in zip(starts, sizes, strict=True)]
@@ -496,9 +485,7 @@ class Part(Slice):
 def _roll(op: Op) -> list[Step]:
     shifts, dims = op.arg("shifts"), tuple(_dims(op, "dims"))
     shifts = shifts if isinstance(shifts, (list, tuple)) else [shifts]
-    return [
-        Roll(op.shapes[0], dims, lambda t: t.roll(shifts, dims), lambda t: t.roll([-s for s in shifts], dims))
-    ]
+    return [Roll(op.shapes[0], dims, lambda t: t.roll(shifts, dims), lambda t: t.roll([-s for s in shifts], dims))]
 
 
 def _flip(op: Op) -> list[Step]:

@@ -73,9 +73,7 @@ class BatchNorm(Rule):
         others = [0, *range(2, y.ndim)]
         weight = _affine(op, facts, "weight")
         x = y if weight is None else y & ~_on_channels(weight.zero, y.ndim)
-        return [any_over(x, others) if self._on_batch(op) else x] + [any_over(y, others).reshape(-1)] * (
-            len(facts) - 1
-        )
+        return [any_over(x, others) if self._on_batch(op) else x] + [any_over(y, others).reshape(-1)] * (len(facts) - 1)
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         out = list(labels[0])
@@ -229,9 +227,7 @@ def _rows_are_open(op: Op) -> bool:
 
 def _open_mask(node: torch.fx.Node) -> bool:
     """A mask computed from no input, every row of which has a finite element."""
-    cache: dict[
-        torch.fx.Node, Tensor | None
-    ] = {}  # what depends on an input is remembered too: paths multiply
+    cache: dict[torch.fx.Node, Tensor | None] = {}  # what depends on an input is remembered too: paths multiply
 
     def value(n: torch.fx.Node) -> Tensor | None:
         if n not in cache:

@@ -43,9 +43,7 @@ class Pointwise(Rule):
             return Fact.unknown(ndim)
         size = torch.broadcast_shapes(*(f.known.shape for f in facts))
         if all(f.total for f in facts) and torch.Size(size).numel() > EAGER_LIMIT:
-            return Fact(
-                known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts))
-            )
+            return Fact(known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts)))
         value = op.run(*(f.value() for f in facts))
         value = value.double() if value.is_floating_point() else value
         value = torch.where(known, value, torch.zeros((), dtype=value.dtype))
@@ -183,6 +181,8 @@ for _target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tenso
 for _target in (aten._to_copy.default, torch.ops.prims.convert_element_type.default):
     register_rule(_target, Cast())
 register_rule(aten.copy.default, Copy())
+for _target in (aten.hardswish.default, aten.rsub.Tensor, aten.floor_divide.default, aten.complex.default):
+    register_rule(_target, POINTWISE)  # which torch forgot to tag
 
 
 @register(aten._prelu_kernel.default)

@@ -11,13 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from maskprop.infer.coupling import Coupling, Labels
+from maskprop.graph.graph import TensorMeta
+from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten
-_SEES_NO_ZERO = ("aten::sum", "aten::linalg_vector_norm", "aten::norm", "aten::count_nonzero")
+# Which result says where an element was found.
+_POSITIONS = {
+    "aten::argmax": 0, "aten::argmin": 0, "aten::max": 1, "aten::min": 1, "aten::median": 1, "aten::sort": 1,
+    "aten::topk": 1,
+}  # fmt: skip
 
 
 @register(
@@ -35,37 +40,30 @@ class Reduction(Rule):
         dims = op.arg("dim", -1 if op.target in (aten.topk.default, aten.sort.default) else None)
         if dims is None or dims == []:
             return list(range(ndim))
-        return (
-            [d % max(1, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if ndim else []
-        )
+        return [d % max(1, ndim) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if ndim else []
+
+    def _keeps_axes(self, op: Op, result: TensorMeta) -> bool:
+        return len(result.shape) == len(op.shapes[0])
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact = facts[0]
         if fact.total:
             return evaluate(op, facts)
-        none = tuple(Fact.unknown(len(m.shape)) for m in op.results if m is not None)
         dims = self._dims(op)
         known = all_over(fact.known, dims)
         if fact.nothing or not bool(known.any()):
-            return none if op.several else none[0]
-        results = op.run(spread(fact.value(), dims, op.shapes[0]))
-        results = results if op.several else (results,)
-        kept = {d for d in range(known.ndim) if d not in dims}
+            return super().known(op, facts)
+        results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())
+        folded = known.reshape([n for d, n in enumerate(known.shape) if d not in dims])
         made = []
-        for r, meta in zip(results, op.results, strict=True):
+        for i, (r, meta) in enumerate(zip(results if op.several else [results], op.results, strict=True)):
             assert meta is not None
-            shape = (
-                list(known.shape)
-                if r.ndim == known.ndim
-                else [n for d, n in enumerate(known.shape) if d in kept]
-            )
-            k = known.reshape(shape)
-            made.append(
-                Fact.of_value(
-                    torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype)),
-                    k.expand(torch.broadcast_shapes(k.shape, r.shape)),
-                )
-            )
+            if _POSITIONS.get(op.target._schema.name) == i:  # which of several equal numbers is not defined
+                made.append(Fact.unknown(len(meta.shape)))
+                continue
+            k = known if self._keeps_axes(op, meta) else folded
+            value = torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype))
+            made.append(Fact.of_value(value, k.expand(value.shape)))
         return tuple(made) if op.several else made[0]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -80,30 +78,33 @@ class Reduction(Rule):
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels | tuple[Labels, ...]:
         dims = self._dims(op)
-        arrays = list(labels[0])
         for d in dims:
-            array = arrays[d]
-            if array is None:
-                continue
-            if op.target._schema.name in _SEES_NO_ZERO:
-                c.read.append(array)
-                fact = c.facts_of(op)[0]
-                live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
-                shape = torch.broadcast_shapes(live.shape, array.shape)
-                c.pin(array.expand(shape)[live.expand(shape)], "is summed here", live=True)
+            if _ignores_zeros(op):
+                self._terminate(op, labels[0][d], c)
             else:
-                c.pin(array, "is reduced over here")
-        arrays = [
-            None if i in dims else c.uniform(a, [d for d in dims if d != i]) for i, a in enumerate(arrays)
+                c.pin(labels[0][d], "is reduced over here")
+        passing = [None if i in dims else c.uniform(a, dims) for i, a in enumerate(labels[0])]
+        folded = [moved(a, lambda t: t.squeeze(dims)) for i, a in enumerate(passing) if i not in dims]
+        found = [
+            list(passing) if meta is not None and self._keeps_axes(op, meta) else list(folded) for meta in op.results
         ]
-        found = []
-        for meta in op.results:
-            n = 0 if meta is None else len(meta.shape)
-            if n == len(arrays):
-                found.append(list(arrays))
-            else:
-                kept = [i for i in range(len(arrays)) if i not in dims]
-                found.append(
-                    [None if arrays[i] is None else arrays[i].squeeze(dims) for i in kept] if n else []
-                )  # type: ignore[union-attr]
         return tuple(found) if op.several else found[0]
+
+    def _terminate(self, op: Op, labels: Tensor | None, c: Coupling) -> None:
+        """Known zeros may leave, and what no needed result reads."""
+        if labels is None:
+            return
+        c.read.append(labels)
+        (fact,) = c.facts_of(op)
+        live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
+        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        c.pin(labels.expand(shape)[live.expand(shape)], "is summed here", live=True)
+
+
+def _ignores_zeros(op: Op) -> bool:
+    """Whether elements that are zero do not change the result: sums, and norms of positive order."""
+    name = op.target._schema.name
+    if name in ("aten::linalg_vector_norm", "aten::norm"):
+        order = op.arg("ord", op.arg("p"))
+        return order is None or bool(order > 0)
+    return name in ("aten::sum", "aten::count_nonzero")

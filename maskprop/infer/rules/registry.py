@@ -96,6 +96,11 @@ def unregister_rule(target: OpOverload) -> Rule:
     return _RULES.pop(target)
 
 
+def registered() -> frozenset[OpOverload]:
+    """The overloads that have a rule of their own."""
+    return frozenset(_RULES)
+
+
 def find_rule(target: OpOverload) -> Rule | None:
     """The rule of an overload, by itself or by its pointwise tag; ``None`` if there is none."""
     rule = _RULES.get(target)
@@ -122,9 +127,7 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     if all(f.plain for f in facts) or size > EAGER_LIMIT:
         found = tuple(Fact.constant(n, lambda i=i: as_double(results()[i])) for i, n in enumerate(ndims))  # type: ignore[misc]
     else:
-        found = tuple(
-            Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results()
-        )
+        found = tuple(Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results())
     return found if op.several else found[0]
 
 
