@@ -2,9 +2,9 @@
 
     python -m benchmarks.pruners [--seeds 3] [--write]
 
-A small residual CNN and a small vision transformer are trained once a seed on scikit-learn's digits; each pruner
-then takes the same share of every group, so that all compact models of a kind cost the same. ``--write`` puts the
-tables into docs/pruners.md.
+A small residual CNN and a small vision transformer are trained once a seed on scikit-learn's digits;
+each pruner then takes the same share of every group, so that all compact models of a kind cost the same.
+``--write`` puts the tables into docs/pruners.md.
 """
 
 from __future__ import annotations

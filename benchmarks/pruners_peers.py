@@ -3,11 +3,12 @@
     pip install --no-deps torch-pruning==1.6.1
     python -m benchmarks.pruners_peers [--model NAME ...]
 
-Both prune half of the units of every group by L1 norm. Torch-Pruning is told the number of heads, which it cannot
-find, and to leave out the last layer, which it cannot see to be one. By default it also cuts axes that a layer norm
-normalises over; what is left is then another function than the masked model, which is why maskprop never does. The
-last column is Torch-Pruning told to leave those axes alone. Where it fails, or leaves a model that does not run, the
-table says so. Whether its outputs are right is not asked here. Seconds go to stderr.
+Both prune half of the units of every group by L1 norm. Torch-Pruning is told the number of heads, which
+it cannot find, and to leave out the last layer, which it cannot see to be one. By default it also cuts
+axes that a layer norm normalises over; what is left is then another function than the masked model,
+which is why maskprop never does. The last column is Torch-Pruning told to leave those axes alone. Where
+it fails, or leaves a model that does not run, the table says so. Whether its outputs are right is not
+asked here. Seconds go to stderr.
 """
 
 from __future__ import annotations
@@ -126,15 +127,9 @@ def peer(model: nn.Module, dummy: Any, keep_normalised: bool, ours: int) -> str:
 
 
 def rows(wanted: list[str]) -> Iterator[str]:
-    titles = (
-        "model",
-        "parameters",
-        "maskprop, forecast = measured",
-        "Torch-Pruning",
-        "the same, normalised axes kept",
-    )
-    yield "| " + " | ".join((*titles, "groups + masks, speedup (s)")) + " |"
-    yield "|---" * 6 + "|"
+    titles = ("model", "dense", "maskprop", "Torch-Pruning", "the same, normalised axes kept")
+    yield "| " + " | ".join(titles) + " |"
+    yield "|---" * len(titles) + "|"
     for name, (make, dummy) in models().items():
         if wanted and name not in wanted:
             continue
