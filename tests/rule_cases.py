@@ -292,18 +292,21 @@ def t(r: random.Random, target: OpOverload) -> Case:
     return Case(target, (Arg(shape(r, 0, 2)),), exact=True, tight=True)
 
 
-@case(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+@case(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default)
 def view(r: random.Random, target: OpOverload) -> Case:
     factors = [r.choice([1, 2, 2, 3]) for _ in range(r.randint(1, 5))]
 
     def joined() -> Shape:
-        cuts = sorted(r.sample(range(1, len(factors)), r.randint(0, len(factors) - 1))) if len(factors) > 1 else []
+        cuts = sorted(r.sample(range(1, len(factors)), r.randint(0, len(factors) - 1)))
         return tuple(math.prod(factors[a:b]) for a, b in zip([0, *cuts], [*cuts, len(factors)], strict=True))
 
     def args(now: Smaller) -> tuple[Any, ...]:
         return Arg(()), list(now.outs[0])
 
-    return Case(target, (Arg(joined()), list(joined())), shrink=shrunk(target, {}, args), exact=True, tight=True)
+    source, to = joined(), joined()
+    strides = [[math.prod(to[i + 1 :]) for i in range(len(to))]] if target is aten._reshape_alias.default else []
+    smaller = shrunk(aten.view.default, {}, args)
+    return Case(target, (Arg(source), list(to), *strides), shrink=smaller, exact=True, tight=not strides)
 
 
 @case(aten.unsqueeze.default)
@@ -679,7 +682,8 @@ def _image(r: random.Random, n: int, low: int = 3) -> Shape:
 
 
 @case(
-    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.max_pool1d.default, aten.max_pool2d.default,
+    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.max_pool1d.default,
+        aten.max_pool2d.default,
     aten.max_pool3d.default,
 )  # fmt: skip
 def max_pool(r: random.Random, target: OpOverload) -> Case:

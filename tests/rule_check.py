@@ -301,6 +301,7 @@ def check_couple(rule: Rule, trial: Trial) -> int:
         c.labels[node] = _random_labels(trial, node, arg, c)
     out = rule.couple(op, [c.labels_of(n) for n in op.inputs], c)
     results: list[Labels] = list(out) if isinstance(out, tuple) else [out]
+    c.labels[op.node] = out
     labels = [c.labels_of(n) for n in op.inputs]
     owned = [a for ls in labels for a in ls if a is not None]
     c.pins.append(Pin(_some_labels(trial, c.size), "stays by chance", ""))

@@ -6,19 +6,22 @@ import random
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from rule_cases import CASES
-from rule_check import Arg, Case, Trial, check_couple, check_known, check_needed
-from examples import examples
+from rule_check import Trial, check_couple, check_known, check_needed
 from torch._ops import OpOverload
 
-from maskprop.infer.facts import Fact
-from maskprop.infer.rules import find_rule
-from maskprop.infer.rules.registry import registered
+from maskprop.infer.rules import find_rule, registered
 
 aten = torch.ops.aten
 GPU_ONLY = {aten.cudnn_batch_norm.default}
+# They read no axis that could shrink, or all of them.
+NOTHING_LEAVES = {
+    aten.zeros.default, aten.ones.default, aten.full.default, aten.scalar_tensor.default, aten.mean.default,
+    aten.any.default, aten.all.default, aten.max.default, aten.min.default,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", CASES, ids=str)
@@ -37,18 +40,10 @@ def test_every_rule_has_cases() -> None:
     assert set(registered()) - set(CASES) - GPU_ONLY == set()
 
 
-@pytest.mark.parametrize("target", CASES, ids=str)
+@pytest.mark.parametrize("target", sorted(set(CASES) - NOTHING_LEAVES, key=str), ids=str)
 def test_units_leave(target: OpOverload) -> None:
-    """The checks see something: through most ops, some units leave under some masks."""
+    """The checks see something: through each op, some units leave under some masks."""
     rule = find_rule(target)
     assert rule is not None
-    counts = []
-    for i in range(40):
-        r = random.Random(i)
-        counts.append(check_couple(rule, Trial(CASES[target](r), r)))
-        if counts[-1]:
-            break
-    assert any(counts) or target in NOTHING_LEAVES
-
-
-NOTHING_LEAVES: set[OpOverload] = set()
+    trials = (Trial(CASES[target](r), r) for r in map(random.Random, range(40)))
+    assert any(check_couple(rule, trial) for trial in trials)

@@ -11,9 +11,16 @@ from maskprop.infer.rules import (
     reductions,
     spatial,
 )
-from maskprop.infer.rules.registry import Rule, find_rule, register, register_rule, unregister_rule
+from maskprop.infer.rules.registry import (
+    Rule,
+    find_rule,
+    register,
+    register_rule,
+    registered,
+    unregister_rule,
+)
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions", "register",
-    "register_rule", "spatial", "unregister_rule",
+    "Rule", "convolution", "find_rule", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions",
+    "register", "register_rule", "registered", "spatial", "unregister_rule",
 ]  # fmt: skip

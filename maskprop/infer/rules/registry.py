@@ -76,7 +76,8 @@ def register_rule(target: OpOverload, rule: Rule) -> None:
     """
     if not isinstance(target, OpOverload) or not isinstance(rule, Rule):
         raise RuleError(
-            f"a rule joins an OpOverload (such as torch.ops.aten.relu.default) and a Rule instance; got {target!r} and {rule!r}."
+            "a rule joins an OpOverload (such as torch.ops.aten.relu.default) and a Rule instance; got "
+            f"{target!r} and {rule!r}."
         )
     if target in _RULES:
         raise RuleError(
