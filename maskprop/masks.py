@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -136,7 +136,7 @@ def make_prune_permanent(model: nn.Module) -> None:
 @contextmanager
 def prune_masks_removed(model: nn.Module) -> Iterator[None]:
     """Make the model's pruning masks permanent; if what follows fails, put parameters, masks and hooks back."""
-    tables = [
+    tables: list[tuple[Any, Any]] = [
         (t, t.copy()) for m in model.modules() for t in (m.__dict__, m._parameters, m._buffers, m._forward_pre_hooks)
     ]
     make_prune_permanent(model)

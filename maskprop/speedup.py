@@ -148,7 +148,8 @@ class ModelSpeedup:
             tensor = tensor_of(self.model, name)
             if not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
                 raise NonFiniteError(
-                    f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its input. Repair the weights first; the model is unchanged."
+                    f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its "
+                    "input. Repair the weights first; the model is unchanged."
                 )
         self.inference = Inference(self.graph, masks, self.inference_mode)
 
@@ -226,7 +227,7 @@ class ModelSpeedup:
         return self.alignment.plan
 
     def masks_of(self, path: str) -> LeafMasks:
-        """``(input_masks, output_mask, weight_masks)`` of a module: 0/1 floats of the full shapes, 0 where a unit leaves."""
+        """``(input_masks, output_mask, weight_masks)`` of a module: full 0/1 floats, 0 where a unit leaves."""
         return leaf_masks(self.graph, self.alignment, path)
 
     def replace_module(self, path: str, module: nn.Module) -> None:
@@ -261,7 +262,8 @@ class ModelSpeedup:
             reference.require_finite()
         for name in reference.constant_outputs():
             warnings.warn(
-                f"{name} of the masked model does not vary with the input (is a last layer zero?), so comparing it proves nothing.",
+                f"{name} of the masked model does not vary with the input (is a last layer zero?), so "
+                "comparing it proves nothing.",
                 UnverifiedWarning,
                 stacklevel=4,
             )
@@ -284,13 +286,14 @@ class ModelSpeedup:
         return done
 
     def _compare(self, reference: Reference, edits: Edits, alignment: Alignment) -> VerifyError | None:
-        """What the comparison with the masked model says; a difference is no problem where constants need not be exact."""
+        """What the comparison with the masked model says; without exact constants, a difference is no problem."""
         try:
             with self._stage("verify"):
                 self.report.check = check = reference.compare(self.model)
         except Exception as error:
             return VerifyError(
-                f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is unchanged. Please report it with the model."
+                f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is "
+                "unchanged. Please report it with the model."
             )
         if check.passed or self.constants != "exact":
             return None
@@ -298,8 +301,10 @@ class ModelSpeedup:
             state = masked_state(self.graph, self.inference.masks)
         where = first_difference(self.graph, state, alignment, self.model, self.inputs)
         return VerifyError(
-            f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance {check.tolerance:.1e}){where}. The model is unchanged. "
-            "Please report it with the model; leave out the masks of that module, or pass verify=False if you know better."
+            f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance "
+            f"{check.tolerance:.1e}){where}. The model is unchanged. "
+            "Please report it with the model; leave out the masks of that module, or pass verify=False if "
+            "you know better."
         )
 
     def explain(self, name: str, axis: int = 0) -> Explanation:

@@ -48,14 +48,14 @@ class Saved:
         versions: of maskprop and torch, when it was saved.
         source: how the dense architecture was named on the command line, if it was.
         records: what speedups left on the model's modules, by path (``""`` is the model itself).
-        channels_last: names of tensors in that memory format.
+        strides: of tensors that are laid out otherwise than row by row (channels-last, say).
     """
 
     directory: Path
     versions: dict[str, str]
     source: str | None
     records: dict[str, dict[str, Any]]
-    channels_last: tuple[str, ...]
+    strides: dict[str, list[int]]
 
 
 def save(model: nn.Module, directory: PathLike, *, source: str | None = None) -> None:
@@ -80,12 +80,12 @@ def save(model: nn.Module, directory: PathLike, *, source: str | None = None) ->
                 f"model with torch.save, "
                 "or build the replaced modules in the factory and save the state_dict."
             )
-    state, channels_last = _state_to_save(model)
+    state, strides = _state_to_save(model)
     plan = {
         "format": FORMAT,
         "versions": {"maskprop": __version__, "torch": torch.__version__},
         "source": source,
-        "channels_last": channels_last,
+        "strides": strides,
         "parts": records,
     }
     try:
@@ -190,10 +190,10 @@ def apply_records(model: nn.Module, records: dict[str, dict[str, Any]], trust_co
 # -- writing ------------------------------------------------------------------------------------
 
 
-def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of the model under their first names, contiguous, and which were channels-last."""
+def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """All tensors of the model under their first names, row by row, and the strides of those that were not."""
     state: dict[str, Tensor] = {}
-    channels_last = []
+    strides: dict[str, list[int]] = {}
     storages: set[int] = set()
     for name, tensor in _unique_tensors(model):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
@@ -201,8 +201,8 @@ def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
                 f"'{name}' is on the meta device, sparse or quantized; only dense tensors with values can "
                 f"be saved. Materialise or convert it first."
             )
-        if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            channels_last.append(name)
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride() and _is_dense(tensor):
+            strides[name] = list(tensor.stride())
         data = tensor.detach().contiguous()
         shared = (
             data.untyped_storage().data_ptr() in storages
@@ -210,7 +210,18 @@ def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
         )
         state[name] = data.clone() if shared else data
         storages.add(state[name].untyped_storage().data_ptr())
-    return state, channels_last
+    return state, strides
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _write(target: Path, plan: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -292,7 +303,7 @@ def _parse(target: Path, text: str, digest: str) -> Saved:
             f"half-written, or from another save. "
             "Restore both files from where they came, or save the model again."
         )
-    return Saved(target, dict(data["versions"]), data["source"], dict(data["parts"]), tuple(data["channels_last"]))
+    return Saved(target, dict(data["versions"]), data["source"], dict(data["parts"]), dict(data["strides"]))
 
 
 def _read_weights(target: Path, device: str | torch.device) -> dict[str, Tensor]:
@@ -346,8 +357,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], saved: Saved, dtype: torch
                 f"'{name}' was saved with shape {tuple(value.shape)}; the model has {tuple(tensor.shape)}. "
                 f"Build the architecture that was saved."
             )
-        if name in saved.channels_last:
-            value = value.to(memory_format=torch.channels_last)
+        # a copy, so that the memory is aligned (kernels round by it) and no longer that of the file
+        made = value.new_empty_strided(value.shape, saved.strides.get(name, value.stride()))
+        value = made.copy_(value)
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         filled.add(id(tensor))

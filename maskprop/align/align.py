@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from maskprop.align.constants import fold_constants
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
-from maskprop.align.solve import Ints, Solution, carriers, multiple_of, never_empty, regularity
+from maskprop.align.solve import Bools, Ints, Solution, carriers, multiple_of, never_empty, regularity
 from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Coupling, Labels, Pin
 from maskprop.infer.sweep import Inference
@@ -113,7 +113,7 @@ def _keeps(labels: Labels, s: Solution) -> list[Keep]:
     return found
 
 
-def _count(kept: list[np.ndarray | None], axis: int) -> int:  # type: ignore[type-arg]
+def _count(kept: list[Bools | None], axis: int) -> int:
     """Units along an axis at the positions that stay."""
     mask = kept[axis]
     assert mask is not None

@@ -36,10 +36,8 @@ def _weights(op: Op, c: Coupling) -> Tensor:
     if _is_convolution(op):
         fact: Fact = c.facts[op.inputs[1]]
         weight = fact.value().expand(op.shapes[1])
-        groups = op.arg("groups")
-        if op.arg("transposed"):
-            return weight.unflatten(0, (groups, -1)).transpose(1, 2)
-        return weight.unflatten(0, (groups, -1))
+        cut = weight.reshape(op.arg("groups"), -1, *weight.shape[1:])
+        return cut.transpose(1, 2) if op.arg("transposed") else cut
     fact = c.facts[op.inputs[-1]]
     return fact.value().expand(op.shapes[-1]).transpose(0, 1).unsqueeze(0)
 

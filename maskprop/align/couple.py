@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -41,6 +42,6 @@ def couple(inference: Inference, constants: str) -> Coupling:
 
 
 def _keep(node: fx.Node, c: Coupling, reason: str) -> None:
-    labels = c.labels_of(node)
+    labels: Any = c.labels_of(node)
     for one in labels if isinstance(labels, tuple) else [labels]:
         c.pin_all(one, reason)

@@ -36,6 +36,7 @@ class Keep:
 
     @property
     def count(self) -> int:
+        """How many units stay."""
         return int(self.index.shape[-1])
 
 
@@ -98,7 +99,8 @@ class Plan:
         """
         if tuple(tensor.shape) != self.shapes[name]:
             raise PlanError(
-                f"the plan was made for '{name}' of shape {self.shapes[name]}; the model has shape {tuple(tensor.shape)}. "
+                f"the plan was made for '{name}' of shape {self.shapes[name]}; the model has shape "
+                f"{tuple(tensor.shape)}. "
                 "Build the dense architecture that the plan was made from."
             )
         channels_last = (
@@ -146,7 +148,8 @@ class Plan:
         """
         if data.get("format") != FORMAT:
             raise PlanError(
-                f"the plan has format {data.get('format')!r}; this version of maskprop reads format {FORMAT}. Make the plan again with this version."
+                f"the plan has format {data.get('format')!r}; this version of maskprop reads format "
+                f"{FORMAT}. Make the plan again with this version."
             )
         try:
             return cls(
@@ -169,10 +172,12 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"the plan is damaged: {type(error).__name__}: {error}. Make it again, or restore the file from where it came."
+                f"the plan is damaged: {type(error).__name__}: {error}. Make it again, or restore the file "
+                "from where it came."
             ) from error
 
     def to_json(self) -> str:
+        """The plan as JSON text."""
         return json.dumps(self.to_dict())
 
     @classmethod

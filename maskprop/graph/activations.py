@@ -33,7 +33,8 @@ def insert_activation_masks(graph: Graph, model: nn.Module, masks: Mapping[str, 
             node = _output(graph, path, which) if kind == "output" else _input(graph, model, path, which)
             if node is None:
                 raise UnknownMaskError(
-                    f"mask '{path}.{target}': the forward of '{path}' has no such {kind} tensor on this dummy input. Check the name, or leave the mask out."
+                    f"mask '{path}.{target}': the forward of '{path}' has no such {kind} tensor on this "
+                    "dummy input. Check the name, or leave the mask out."
                 )
             try:
                 ok = torch.broadcast_shapes(mask.shape, shape_of(node)) == torch.Size(shape_of(node))
@@ -41,7 +42,8 @@ def insert_activation_masks(graph: Graph, model: nn.Module, masks: Mapping[str, 
                 ok = False
             if not ok:
                 raise MaskShapeError(
-                    f"mask '{path}.{target}' has shape {tuple(mask.shape)}; the activation has shape {shape_of(node)}. Give a mask that broadcasts to it."
+                    f"mask '{path}.{target}' has shape {tuple(mask.shape)}; the activation has shape "
+                    f"{shape_of(node)}. Give a mask that broadcasts to it."
                 )
             _insert(graph, node, mask, path, inside=kind == "input")
 

@@ -73,7 +73,8 @@ def functional_overload(op: OpOverload) -> OpOverload:
         ):
             return found
     raise UnsupportedOpError(
-        f"{op} writes to its argument and has no functional form. Replace it in the model's forward by an op that returns its result."
+        f"{op} writes to its argument and has no functional form. Replace it in the model's forward by an "
+        "op that returns its result."
     )
 
 
@@ -116,5 +117,6 @@ def _scatter(base: fx.Node, node: fx.Node, view: fx.Node, index: int | None, emi
     if op in (aten.detach.default, aten.alias.default):
         return node
     raise UnsupportedOpError(
-        f"module {where(view)} writes in place through {op}, which maskprop cannot undo. Write to a copy (`.clone()`) in the model's forward."
+        f"module {where(view)} writes in place through {op}, which maskprop cannot undo. Write to a copy "
+        "(`.clone()`) in the model's forward."
     )

@@ -7,7 +7,9 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import Tensor
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
 
 from maskprop.errors import TraceError
 
@@ -22,6 +24,7 @@ class TensorMeta:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
+        """The metadata of a tensor."""
         return cls(tuple(int(s) for s in tensor.shape), tensor.dtype, tensor.device)
 
     def __str__(self) -> str:
@@ -47,7 +50,7 @@ class Graph:
         results: what that call returned, likewise.
     """
 
-    fx: fx.Graph
+    fx: FxGraph
     state: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
     concrete: bool = False
@@ -58,11 +61,12 @@ class Graph:
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[Node]:
+        """All nodes in execution order."""
         return list(self.fx.nodes)
 
     @property
-    def ops(self) -> list[fx.Node]:
+    def ops(self) -> list[Node]:
         """The recorded calls in execution order, without the tuple look-ups."""
         return [n for n in self.fx.nodes if is_op(n)]
 
@@ -90,11 +94,13 @@ class Graph:
                 continue
             if "tensor" not in node.meta:
                 raise TraceError(
-                    f"graph node '{node.name}' ({node.target}) has no tensor metadata. This is a bug in the tracer that built the graph."
+                    f"graph node '{node.name}' ({node.target}) has no tensor metadata. This is a bug in the "
+                    "tracer that built the graph."
                 )
             if node.op == "get_attr" and node.target not in self.state:
                 raise TraceError(
-                    f"graph node '{node.name}' reads '{node.target}', which is not among the graph's tensors. This is a bug in the tracer."
+                    f"graph node '{node.name}' reads '{node.target}', which is not among the graph's "
+                    "tensors. This is a bug in the tracer."
                 )
         if sum(n.op == "output" for n in self.fx.nodes) != 1:
             raise TraceError("the graph must have exactly one output node. This is a bug in the tracer that built it.")
@@ -106,22 +112,23 @@ class Graph:
             shape = " | ".join(str(m) for m in meta) if isinstance(meta, tuple) else str(meta)
             args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
             lines.append(
-                f"%{node.name} = {node.op if node.op != 'call_function' else ''}{node.target}({args})  # {shape}  {where(node)}"
+                f"%{node.name} = {node.op if node.op != 'call_function' else ''}{node.target}({args})  # "
+                f"{shape}  {where(node)}"
             )
         return "\n".join(lines)
 
 
-def is_op(node: fx.Node) -> bool:
+def is_op(node: Node) -> bool:
     """Whether the node is a recorded call, as opposed to a look-up in a tuple of results."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
-def where(node: fx.Node) -> str:
+def where(node: Node) -> str:
     """The module path of a node, for messages."""
     return f"'{node.meta.get('path', '')}'"
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
+def shape_of(node: Node) -> tuple[int, ...]:
     """Shape of a node that holds one tensor."""
     meta = node.meta["tensor"]
     if not isinstance(meta, TensorMeta):
@@ -130,7 +137,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def _show(arg: Any) -> str:
-    if isinstance(arg, fx.Node):
+    if isinstance(arg, Node):
         return f"%{arg.name}"
     if isinstance(arg, (list, tuple)):
         return "[" + ", ".join(_show(a) for a in arg) + "]"

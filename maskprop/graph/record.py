@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, concrete: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph(fx.Graph(), {}, concrete=concrete)
         self._values: dict[int, Value] = {}
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
@@ -56,7 +56,6 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def module_paths(self) -> Iterator[None]:
         """Follow which module is running, through a wrapper of every module's call."""
-
         call = nn.Module.__call__
 
         def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +77,7 @@ class Recorder(TorchDispatchMode):
                 self.graph.results[path] = self._nodes_of(result)
             return result
 
-        nn.Module.__call__ = recorded  # type: ignore[method-assign, assignment]
+        nn.Module.__call__ = recorded  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -89,6 +88,7 @@ class Recorder(TorchDispatchMode):
         return map_tensors(value, self._node)
 
     def add_input(self, tensor: Tensor, name: str) -> None:
+        """Declare an input of the forward pass."""
         node = self.graph.fx.placeholder(name)
         self._bind(tensor, self._tag(node, TensorMeta.of(tensor)))
 

@@ -31,7 +31,7 @@ def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> An
     if isinstance(value, Mapping):
         if type(value) is dict:
             return {k: map_tensors(v, fn, kind) for k, v in value.items()}
-        rebuilt = copy.copy(value)
+        rebuilt: Any = copy.copy(value)
         for key, child in value.items():
             rebuilt[key] = map_tensors(child, fn, kind)
         return rebuilt

@@ -41,7 +41,8 @@ def split_inputs(dummy_input: Any) -> Inputs:
             return tuple(dummy_input[:-1]), dict(dummy_input[-1])
         return tuple(dummy_input), {}
     raise DummyInputError(
-        f"dummy_input is a {type(dummy_input).__name__}; expected a tensor, a tuple or list of positional arguments, or a dict of "
+        f"dummy_input is a {type(dummy_input).__name__}; expected a tensor, a tuple or list of positional "
+        "arguments, or a dict of "
         "keyword arguments. Wrap a single argument of another type in a tuple."
     )
 

@@ -1,0 +1,1 @@
+"""From a graph and masks to facts."""

@@ -157,14 +157,17 @@ class Coupling:
         return a
 
     def pin(self, labels: Tensor | None, reason: str, *, live: bool = False) -> None:
+        """State that these labels stay."""
         if labels is not None and labels.numel():
             self.pins.append(Pin(labels, reason, self.node, live))
 
     def pin_all(self, labels: Sequence[Tensor | None], reason: str) -> None:
+        """Pin several arrays."""
         for array in labels:
             self.pin(array, reason)
 
     def triple(self, row: Tensor, outer: Tensor, inner: Tensor) -> None:
+        """State ``row = outer or inner``."""
         self.triples.append((row, outer, inner))
 
     def uniform(self, labels: Tensor | None, axes: Sequence[int]) -> Tensor | None:

@@ -78,10 +78,12 @@ class Fact:
         return Fact(move(self.known), move(self.zero), lambda: move(self.value()), self.plain)
 
     def with_rows(self, axis: int | None) -> Fact:
+        """The same fact, with an axis along which the elements sum to one."""
         return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis)
 
     def __repr__(self) -> str:
-        return f"Fact(known={int(self.known.sum())}/{self.known.numel()}, zero={int(self.zero.sum())}, shape={tuple(self.known.shape)})"
+        known, zero = int(self.known.sum()), int(self.zero.sum())
+        return f"Fact(known={known}/{self.known.numel()}, zero={zero}, shape={tuple(self.known.shape)})"
 
 
 def as_double(t: Tensor) -> Tensor:

@@ -65,16 +65,19 @@ class Inference:
         return self.facts
 
     def forward(self) -> None:
+        """Derive what is known, from inputs to outputs."""
         for node in self.graph.fx.nodes:
             self.update_direct(node)
         self.facts.sweeps += 1
 
     def backward(self) -> None:
+        """Derive what is needed, from outputs to inputs."""
         self.facts.needed.clear()
         for node in reversed(self.graph.fx.nodes):
             self.update_indirect(node)
 
     def op(self, node: fx.Node) -> Op:
+        """The call as the rules see it."""
         if node not in self.ops:
             self.ops[node] = Op(node)
         return self.ops[node]
@@ -92,7 +95,8 @@ class Inference:
             if ruled is None:
                 if self.mode == "rules":
                     raise UnsupportedOpError(
-                        f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows no other way. "
+                        f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows "
+                        "no other way. "
                         "Register one with maskprop.register_rule, or use inference='auto'."
                     )
                 self.facts.unruled.append(self.op(node))
@@ -124,9 +128,9 @@ class Inference:
         if node not in needed or node.op != "call_function":
             return
         if node.target is operator.getitem:
-            source, index = node.args
-            assert isinstance(source, fx.Node) and isinstance(index, int)
-            parts = needed.setdefault(source, [_none(m) for m in self.op(source).results])
+            several, index = node.args
+            assert isinstance(several, fx.Node)
+            parts = needed.setdefault(several, [_none(m) for m in self.op(several).results])
             parts[index] = parts[index] | needed[node]
             return
         op = self.op(node)

@@ -13,7 +13,6 @@ from maskprop.errors import PlanError
 from maskprop.rewrite.edits import Edits, owner_of, tensor_of
 from maskprop.rewrite.leaves import update_leaves
 
-
 # Under these names modules hold the configuration that they share with their model.
 CONFIGS = ("config", "cfg", "args", "params")
 
@@ -55,7 +54,8 @@ def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None
             tensor = tensor_of(model, name)
         except AttributeError as error:
             raise PlanError(
-                f"the plan changes '{name}', which the model does not have. Build the architecture that the plan was made from."
+                f"the plan changes '{name}', which the model does not have. Build the architecture that the "
+                "plan was made from."
             ) from error
         with torch.no_grad():
             data = tensor.detach()

@@ -76,10 +76,11 @@ class CompactMultiheadAttention(nn.MultiheadAttention):
         return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         weights: Any
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
+        packed: Tensor | None = self.in_proj_weight  # typed as always there
+        if packed is not None:
+            weights = packed.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
@@ -146,4 +147,4 @@ def _heads_left(plan: Plan, dot: str, module: nn.MultiheadAttention) -> int:
         if keep.axis == 1:
             dim = plan.shapes[dot + "out_proj.weight"][1] // module.num_heads
             return len(torch.unique(keep.index // dim))
-    return module.num_heads
+    return int(module.num_heads)

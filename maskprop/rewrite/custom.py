@@ -52,7 +52,8 @@ class Customs:
                 replacer.replace_modules(speedup)
             except Exception as error:
                 raise ReplaceError(
-                    f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. The model is unchanged."
+                    f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. "
+                    "The model is unchanged."
                 ) from error
         for path, module in list(edits.model.named_modules()):
             function = self._function(module)
@@ -62,11 +63,13 @@ class Customs:
                 new = function(module, leaf_masks(graph, alignment, path))
             except Exception as error:
                 raise ReplaceError(
-                    f"the replace function for {type(module).__name__} failed on '{path}' with {type(error).__name__}: {error}. The model is unchanged."
+                    f"the replace function for {type(module).__name__} failed on '{path}' with "
+                    f"{type(error).__name__}: {error}. The model is unchanged."
                 ) from error
             if not isinstance(new, nn.Module):
                 raise ReplaceError(
-                    f"the replace function for {type(module).__name__} returned {type(new).__name__} for '{path}'; expected a torch.nn.Module. The model is unchanged."
+                    f"the replace function for {type(module).__name__} returned {type(new).__name__} for "
+                    f"'{path}'; expected a torch.nn.Module. The model is unchanged."
                 )
             edits.set_module(path, new)
             self.taken.append(path)

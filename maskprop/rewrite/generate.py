@@ -86,6 +86,7 @@ class NoCache:
     """Stands in for a cache that the recorded call did not have."""
 
     def update(self, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """What a first call of a cache returns."""
         return keys, values
 
 
@@ -322,8 +323,7 @@ class _Generator:
         packed = len(tail) == 1 and isinstance(tail[0], (tuple, list))
         sizes = list(tail[0] if packed else tail)  # type: ignore[arg-type]
         if name == "unflatten":
-            dim = int(node.args[1])  # type: ignore[call-overload]
-            source = env[node.args[0]]  # type: ignore[index]
+            source, dim = env[node.all_input_nodes[0]], int(str(node.args[1]))
             dim = dim % source.dim()
             shape = shape[dim : dim + len(sizes)]
         if len(sizes) != len(shape):
@@ -334,20 +334,20 @@ class _Generator:
             actual = env[size] if isinstance(size, fx.Node) else size
             keep = actual == planned or (actual == -1 and (planned == before or name == "expand"))
             made.append(size if keep else planned)
-        node.args = (*head, type(tail[0])(made)) if packed else (*head, *made)
+        node.args = (*head, made) if packed else (*head, *made)
 
 
 def _attention_scale(ops: Sequence[fx.Node]) -> float:
     """The dense scale: the square of what the math kernel multiplies q and k by."""
     for op in ops:
         if op.target is aten.mul.Scalar:
-            return float(op.args[1]) ** 2  # type: ignore[arg-type]
+            return float(str(op.args[1])) ** 2
     raise _GiveUp("its attention does not scale its scores in a known way")
 
 
 def _split_dim(node: fx.Node) -> int:
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    return int(dim)  # type: ignore[call-overload, no-any-return]
+    return int(str(dim))
 
 
 def _live_training(graph: fx.Graph) -> None:

@@ -21,7 +21,8 @@ def generated_class(base: type, source: str, objects: dict[str, Any]) -> type:
         source: Python source that defines ``forward``.
         objects: what the global names in the source refer to; modules and importable functions.
     """
-    imports = tuple(sorted((name, _address(value)) for name, value in objects.items() if _address(value) is not None))
+    addresses = {name: _address(value) for name, value in objects.items()}
+    imports = tuple(sorted((name, address) for name, address in addresses.items() if address is not None))
     return build_class(base, source, imports)
 
 
@@ -41,7 +42,7 @@ def build_class(base: type, source: str, imports: Imports) -> type:
     return _build(getattr(base, "generated_from", base), source, imports)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(base: type, source: str, imports: Imports) -> type:
     scope: dict[str, Any] = {
         "torch": torch,
@@ -61,7 +62,8 @@ def _build(base: type, source: str, imports: Imports) -> type:
         return _rebuild, (base, source, imports), self.__dict__.copy()
 
     members = {
-        "__doc__": f"{base.__name__} with a forward that maskprop generated, because the author's holds sizes as numbers.",
+        "__doc__": f"{base.__name__} with a forward that maskprop generated, because the author's holds "
+        "sizes as numbers.",
         "__module__": base.__module__,
         "__reduce_ex__": __reduce_ex__,
         "forward": forward,
@@ -73,7 +75,7 @@ def _build(base: type, source: str, imports: Imports) -> type:
 
 
 def _rebuild(base: type, source: str, imports: Imports) -> nn.Module:
-    module = object.__new__(_build(base, source, imports))
+    module: Any = object.__new__(_build(base, source, imports))
     assert isinstance(module, nn.Module)
     return module
 

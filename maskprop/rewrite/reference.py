@@ -32,7 +32,7 @@ def run_graph(graph: Graph, state: Mapping[str, Tensor], inputs: list[Tensor]) -
             elif node.op == "get_attr":
                 values[node] = state[str(node.target)]
             elif node.op == "output":
-                yield node, [values[n] for n in node.args[0]]  # type: ignore[union-attr, index, misc]
+                yield node, [values[n] for n in node.args[0]]
                 return
             else:
                 assert callable(node.target)

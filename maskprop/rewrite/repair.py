@@ -91,14 +91,16 @@ class Repair:
             more = self._pins(alignment, mismatch)
             if not more:
                 raise RewriteError(
-                    f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be kept instead explains it. "
+                    f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be "
+                    "kept instead explains it. "
                     "The model is unchanged. Leave the masks of that module out, or give a customized_replacer for it."
                 )
             self.pinned.append(str(mismatch))
             pins += more
             alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins))
         raise RewriteError(
-            f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was at {self.pinned[-1]}. The model is unchanged."
+            f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
+            f"at {self.pinned[-1]}. The model is unchanged."
         )
 
     # -- mending --------------------------------------------------------------------------------

@@ -184,11 +184,9 @@ class Replay:
             if left is not None and right is not None and not torch.equal(left, right):
                 return left, right
         if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
-            for a, b in zip(_scalars(want), _scalars(got), strict=False):
-                if a != b and not (
-                    isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b))
-                ):
-                    return a, b
+            for x, y in zip(_scalars(want), _scalars(got), strict=False):
+                if abs(x - y) > 1e-9 * max(abs(x), abs(y)):
+                    return x, y
         return None
 
     def _constant(self, node: fx.Node) -> Tensor | None:

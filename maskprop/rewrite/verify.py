@@ -33,6 +33,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether rounding explains the error."""
         return self.error <= self.tolerance
 
 
@@ -96,7 +97,8 @@ class Reference:
         for path, output in ((p, t) for one in self.outputs for p, t in zip(self.paths, one, strict=True)):
             if output.is_floating_point() and bool(output.isnan().any()):
                 raise NonFiniteError(
-                    f"output '{path}' of the masked model holds nan on the dummy or a random input, so the result cannot be checked. "
+                    f"output '{path}' of the masked model holds nan on the dummy or a random input, so the "
+                    "result cannot be checked. "
                     "The model is unchanged. Give a dummy input that the model can handle, or pass verify=False."
                 )
 

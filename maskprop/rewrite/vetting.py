@@ -1,9 +1,8 @@
 """Is a generated forward from a file safe to run? It is if all it can do is call torch functions on tensors.
 
-Saved plans are data, except for generated forwards, which are Python source. What maskprop generates is
-straight-line
-code: assignments of calls, and a return. Everything else is refused here, and so is any name that leads out
-of torch.
+Saved plans are data, except for generated forwards, which are Python source. What maskprop generates is straight-line
+code: guards of arguments, assignments of calls, and a return. Everything else is refused here, and so is any name that
+leads out of torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _NODES = (
     ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AnnAssign, ast.Expr, ast.Return,
     ast.Call, ast.keyword, ast.Attribute, ast.Name, ast.Constant, ast.Tuple, ast.List, ast.Dict,
     ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp, ast.BinOp, ast.Compare,
-    ast.expr_context, ast.operator, ast.unaryop, ast.cmpop,
+    ast.If, ast.Raise, ast.BoolOp, ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 _BUILTINS = {
     "getattr",
@@ -47,7 +46,7 @@ _METHODS = {
     "data_ptr", "backward", "register_hook", "register_post_accumulate_grad_hook", "module_load",
     "grad_fn", "data",
 }  # fmt: skip
-_NAMES = {"torch", "math", "operator", "inf", "nan", "device", "NoneType"}
+_NAMES = {"torch", "math", "operator", "inf", "nan", "device", "NoneType", "ValueError"}
 
 
 def names_in(source: str) -> set[str]:
@@ -162,6 +161,7 @@ def _is_harmless(module: str, attribute: str) -> bool:
     if value in (
         torch.nn,
         torch.nn.functional,
+        torch.functional,
         torch._C,
         torch._C._nn,
         torch.special,

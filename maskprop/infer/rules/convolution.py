@@ -234,7 +234,7 @@ def channel_value(x: Fact) -> Tensor:
 
 
 def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) -> tuple[Tensor, Tensor]:
-    """Each channel's constant and whether it can be stood for: uniform ones, or maps in proportion to one map a group."""
+    """Each channel's constant, and whether it can be stood for: uniform, or in proportion to one map a group."""
     seen, _ = channel_constant(x)
     uniform = seen.expand(channels) & live
     others = [0, *range(2, x.known.ndim)]

@@ -10,6 +10,7 @@ elements the other way. Only a reshape that splits or merges axes makes new labe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Permute(Step):
+    """Axes in another order."""
+
     src: Shape
     order: Shape
 
@@ -64,6 +67,8 @@ class Permute(Step):
 
 @dataclass(frozen=True)
 class Reshape(Step):
+    """The same elements in order, other axes."""
+
     src: Shape
     dst: Shape
 
@@ -82,6 +87,8 @@ class Reshape(Step):
 
 @dataclass(frozen=True)
 class Expand(Step):
+    """Axes of size 1 repeated."""
+
     src: Shape
     dst: Shape
     merges_next: bool = False
@@ -251,7 +258,7 @@ def _atoms(src: Shape, dst: Shape) -> Shape:
     for ins, outs in axis_groups(src, dst):
         a, b = _bounds([src[i] for i in ins]), _bounds([dst[o] for o in outs])
         cuts = sorted(set(a) | set(b))
-        if all(high % low == 0 for low, high in zip(cuts, cuts[1:], strict=False)):
+        if all(high % low == 0 for low, high in itertools.pairwise(cuts)):
             sizes = [high // low for low, high in zip([1, *cuts], cuts, strict=False)]
             middle += [n for n in reversed(sizes) if n != 1]
         else:
@@ -405,6 +412,7 @@ def _row_axis(step: Step, axis: int | None) -> int | None:
 
 
 def move_back(needed: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Needed elements back through a chain of steps."""
     for step in reversed(steps):
         needed = step.back(needed)
     return needed
@@ -501,13 +509,15 @@ _STEPS: dict[Callable[[Op], Iterable[Step]], list[torch._ops.OpOverload]] = {
     lambda op: [Permute(op.shapes[0], tuple(_dims(op, "dims")))]: [aten.permute.default],
     lambda op: _swap(op, *(_dims(op, "dim0") + _dims(op, "dim1"))): [aten.transpose.int],
     lambda op: _swap(op, 0, -1) if len(op.shape) == 2 else []: [aten.t.default],
-    _reshape: [aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._reshape_alias.default],
+    _reshape: [aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
+        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._reshape_alias.default],
     _expand: [aten.expand.default],
     _slice: [aten.slice.Tensor],
     _select: [aten.select.int],
     _roll: [aten.roll.default],
     _flip: [aten.flip.default],
-    lambda op: []: [aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.contiguous.default, aten.dropout.default],
+    lambda op: []: [aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default,
+        aten.lift_fresh_copy.default, aten.contiguous.default, aten.dropout.default],
 }  # fmt: skip
 for _steps, _targets in _STEPS.items():
     for _target in _targets:

@@ -197,7 +197,8 @@ class Prelu(Pointwise):
 
 @register(
     aten.zeros.default, aten.ones.default, aten.full.default, aten.zeros_like.default, aten.ones_like.default,
-    aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.scalar_tensor.default,
+    aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+        aten.scalar_tensor.default,
     aten.fill.Scalar, aten.zero.default,
 )  # fmt: skip
 class Uniform(Rule):

@@ -27,9 +27,12 @@ _POSITIONS = {
 
 @register(
     aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.amax.default, aten.amin.default,
-    aten.prod.dim_int, aten.var.correction, aten.var.dim, aten.var_mean.correction, aten.std.correction, aten.logsumexp.default,
-    aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.any.dim, aten.all.dim, aten.any.default, aten.all.default,
-    aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.count_nonzero.dim_IntList, aten.max.default, aten.min.default,
+    aten.prod.dim_int, aten.var.correction, aten.var.dim, aten.var_mean.correction, aten.std.correction,
+        aten.logsumexp.default,
+    aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.any.dim, aten.all.dim, aten.any.default,
+        aten.all.default,
+    aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.count_nonzero.dim_IntList,
+        aten.max.default, aten.min.default,
     aten.any.dims, aten.all.dims, aten.sort.default, aten.topk.default, aten.cumsum.default, aten.median.dim,
 )  # fmt: skip
 class Reduction(Rule):

@@ -20,11 +20,15 @@ aten = torch.ops.aten
 
 
 @register(
-    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.max_pool3d.default,
+    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.max_pool2d.default,
+        aten.max_pool1d.default, aten.max_pool3d.default,
     aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
-    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
-    aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default, aten._upsample_nearest_exact2d.default,
-    aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default, aten.upsample_linear1d.default, aten.upsample_trilinear3d.default,
+    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default, aten.adaptive_max_pool2d.default,
+        aten.adaptive_max_pool3d.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest3d.default,
+        aten._upsample_nearest_exact2d.default,
+    aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default, aten.upsample_linear1d.default,
+        aten.upsample_trilinear3d.default,
     aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default,
     aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default,
     aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default,
@@ -167,14 +171,10 @@ class Col2im(Rule):
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         x = labels[0]
         c.pin(x[2], "is a spatial axis")
-        rows = c.uniform(x[1], [0, 2])
+        batch, rows = c.uniform(x[0], [1, 2]), c.uniform(x[1], [0, 2])
+        batch = None if batch is None else batch.unsqueeze(-1)
         if rows is None:
-            return [None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1), None, None, None]  # type: ignore[union-attr]
+            return [batch, None, None, None]
         runs = rows.reshape(-1, self._run(op))
         c.equal(runs, runs[:, :1])
-        return [
-            None if x[0] is None else c.uniform(x[0], [1, 2]).unsqueeze(-1),
-            runs[:, 0].reshape(1, -1, 1, 1),
-            None,
-            None,
-        ]  # type: ignore[union-attr]
+        return [batch, runs[:, 0].reshape(1, -1, 1, 1), None, None]
