@@ -367,6 +367,7 @@ def test_another_torch_may_print_settings_otherwise(saved: Path) -> None:
     [
         ("import os\ndef forward(self, x): return x", "is more than one function"),
         ("def forward(self, x):\n    __import__('os').system('true')", "calls .system"),
+        ("def forward(self, x):\n    if x.max():\n        raise SystemExit()", "calls SystemExit"),
         ("def forward(self, x):\n    return torch.load('x')", "uses torch.load"),
         ("def forward(self, x):\n    return torch.hub.load('x', 'y')", "uses torch.hub.load"),
         ("def forward(self, x):\n    return x.numpy().tofile('/tmp/x')", "calls .tofile"),
