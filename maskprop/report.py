@@ -87,6 +87,7 @@ class Report:
         solves: rounds of the solver until every shape was regular.
         rules: how many ops each kind of rule served.
         opaque: ops that nothing is known about, so that the units they read were kept, with their modules.
+        probes: what the numeric probe claims of each op that has no rule.
         concrete: whether real values were needed to trace: the branches taken are then those of the dummy
             input.
     """
@@ -104,6 +105,7 @@ class Report:
     solves: int = 0
     rules: dict[str, int] = field(default_factory=dict)
     opaque: dict[str, list[str]] = field(default_factory=dict)
+    probes: list[str] = field(default_factory=list)
     concrete: bool = False
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
 
@@ -123,6 +125,8 @@ class Report:
         self.sweeps, self.solves = inference.facts.sweeps, alignment.solution.rounds
         self.rules = dict(inference.facts.rules)
         self.concrete = inference.graph.concrete
+        claims = (getattr(inference.rule(node), "claims", None) for node in inference.graph.ops)
+        self.probes = list(dict.fromkeys(str(claim) for claim in claims if claim is not None))
         for op in inference.facts.unruled:
             if any(a is not None for n in op.inputs for a in alignment.coupling.labels_of(n)):
                 self.opaque.setdefault(str(op.target), []).append(op.path)
@@ -222,6 +226,7 @@ class Report:
             f"opaque        {op} in {_some(list(dict.fromkeys(paths)))}: what it reads was kept"
             for op, paths in self.opaque.items()
         ]
+        lines += [f"probed        {claim}" for claim in self.probes]
         if self.repair is not None:
             lines += [
                 f"generated     forward of '{path}', because of {reason}"
@@ -255,6 +260,7 @@ class Report:
             "solves": self.solves,
             "rules": dict(self.rules),
             "opaque": {op: list(paths) for op, paths in self.opaque.items()},
+            "probes": list(self.probes),
             "concrete": self.concrete,
             "how": self.how,
             "check": None if self.check is None else {**asdict(self.check), "passed": self.check.passed},

@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -187,3 +188,22 @@ def test_opaque_ops_are_named(generator: torch.Generator) -> None:
     (kept,) = speedup.report.kept
     assert kept.units == (1,)
     assert "sort" in kept.reason.text
+
+
+def test_claims_of_probes_are_listed(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that carries claims shows them, once for alike ones."""
+    from maskprop.infer.sweep import Inference
+
+    rule = Inference.rule
+
+    def claiming(self: Inference, node: torch.fx.Node) -> object:
+        found = copy.copy(rule(self, node))
+        if "relu" in str(node.target):
+            found.claims = "axis 1 follows axis 1"  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(Inference, "rule", claiming)
+    speedup = sped_up(ConvNet(), generator)
+    assert speedup.report.probes == ["axis 1 follows axis 1"]
+    assert "probed        axis 1 follows axis 1" in str(speedup.report)
+    assert speedup.report.to_dict()["probes"] == ["axis 1 follows axis 1"]
