@@ -15,11 +15,11 @@ from torch import fx, nn
 
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import Plan
-from maskprop.errors import NonFiniteError, OptionError, StageError, UnverifiedWarning, VerifyError
+from maskprop.errors import DummyInputError, NonFiniteError, OptionError, StageError, UnverifiedWarning, VerifyError
 from maskprop.explain import Explainer
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
-from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
+from maskprop.graph.trace import Inputs, Tracer, describe_inputs, split_inputs, trace
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.reasons import Explanation
@@ -151,7 +151,7 @@ class ModelSpeedup:
                     f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its "
                     "input. Repair the weights first; the model is unchanged."
                 )
-        self.inference = Inference(self.graph, masks, self.inference_mode)
+        self.inference = Inference(self.graph, masks, self.inference_mode, self.confidence, self.generator)
 
     def infer_modules_masks(self) -> None:
         """Both sweeps, to a fixed point. :attr:`facts` then holds what is known and needed of every value."""
@@ -258,7 +258,13 @@ class ModelSpeedup:
     def _reference(self) -> Reference:
         with self._stage("verify"):
             batches = [self.inputs, fresh_inputs(self.inputs, self.generator)]
-            reference = Reference(self.graph, masked_state(self.graph, self.inference.masks), batches)
+            try:
+                reference = Reference(self.graph, masked_state(self.graph, self.inference.masks), batches)
+            except Exception as error:
+                raise DummyInputError(
+                    f"the masked model does not run on the dummy input ({describe_inputs(self.inputs)}): "
+                    f"{type(error).__name__}: {error}. Check dtypes and devices with `model(*args, **kwargs)`."
+                ) from error
             reference.require_finite()
         for name in reference.constant_outputs():
             warnings.warn(

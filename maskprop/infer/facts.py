@@ -96,6 +96,15 @@ def lead(t: Tensor, ndim: int) -> Tensor:
     return t.reshape((1,) * (ndim - t.ndim) + t.shape)
 
 
+def squash(t: Tensor) -> Tensor:
+    """Drop the axes along which a tensor does not vary."""
+    for axis in reversed(range(t.ndim)):
+        first = t.narrow(axis, 0, 1) if t.shape[axis] else t
+        if t.shape[axis] > 1 and torch.equal(t, first.expand_as(t)):
+            t = first
+    return t
+
+
 def any_over(t: Tensor, dims: Sequence[int]) -> Tensor:
     """``any`` over the axes, kept as size 1."""
     for d in dims:

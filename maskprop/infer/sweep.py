@@ -15,9 +15,10 @@ from torch import Tensor, fx
 
 from maskprop.errors import UnsupportedOpError
 from maskprop.graph.graph import Graph, shape_of
-from maskprop.infer.facts import Fact, as_double
+from maskprop.infer.facts import Fact, as_double, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule, find_rule
+from maskprop.infer.rules.probe import Claims, Probe
 
 UNKNOWN = Rule()
 
@@ -31,13 +32,15 @@ class Facts:
         needed: bool tensors, broadcastable over the value; a list for an op of several results. A node that
             is missing is not needed at all.
         rules: how often each kind of rule ran.
-        unruled: ops without a rule, kept whole.
+        unruled: ops without a rule of which nothing was asked.
+        probes: what the numeric probe found of the others.
     """
 
     known: dict[fx.Node, Any] = field(default_factory=dict)
     needed: dict[fx.Node, Any] = field(default_factory=dict)
     rules: dict[str, int] = field(default_factory=dict)
     unruled: list[Op] = field(default_factory=list)
+    probes: list[Claims] = field(default_factory=list)
     sweeps: int = 0
 
 
@@ -47,13 +50,24 @@ class Inference:
     Args:
         graph: the recorded forward pass.
         masks: bool masks by the names of the graph's tensors, each broadcastable to its tensor.
-        mode: ``"auto"`` takes an op without a rule as opaque, ``"rules"`` refuses it.
+        mode: ``"auto"`` probes an op without a rule, ``"rules"`` refuses it, ``"gradient"`` probes every op.
+        confidence: on how many random inputs.
+        generator: where those come from.
     """
 
-    def __init__(self, graph: Graph, masks: Mapping[str, Tensor], mode: str = "auto") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        masks: Mapping[str, Tensor],
+        mode: str = "auto",
+        confidence: int = 8,
+        generator: torch.Generator | None = None,
+    ) -> None:
         self.graph = graph
         self.masks = masks
         self.mode = mode
+        self.confidence = confidence
+        self.generator = generator or torch.Generator().manual_seed(0)
         self.facts = Facts()
         self.ops: dict[fx.Node, Op] = {}
         self._rules: dict[fx.Node, Rule] = {}
@@ -88,22 +102,28 @@ class Inference:
         Raises:
             UnsupportedOpError: there is none and the mode is ``"rules"``.
         """
-        found = self._rules.get(node)
-        if found is None:
-            assert isinstance(node.target, torch._ops.OpOverload)
-            ruled = find_rule(node.target)
-            if ruled is None:
-                if self.mode == "rules":
-                    raise UnsupportedOpError(
-                        f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows "
-                        "no other way. "
-                        "Register one with maskprop.register_rule, or use inference='auto'."
-                    )
-                self.facts.unruled.append(self.op(node))
-            found = self._rules[node] = ruled or UNKNOWN
-            kind = type(found).__name__ if ruled else "opaque"
+        if node not in self._rules:
+            found = self._rules[node] = self._choose(node)
+            kind = "opaque" if found is UNKNOWN else type(found).__name__
             self.facts.rules[kind] = self.facts.rules.get(kind, 0) + 1
-        return found
+        return self._rules[node]
+
+    def _choose(self, node: fx.Node) -> Rule:
+        op = self.op(node)
+        found = find_rule(op.target) if self.mode != "gradient" else None
+        if found is not None:
+            return found
+        if self.mode == "rules" and not all(self.facts.known[n].total for n in op.inputs):
+            raise UnsupportedOpError(
+                f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows no other way. "
+                "Register one with maskprop.register_rule, or use inference='auto'."
+            )
+        if self.mode == "rules" or not op.inputs:
+            self.facts.unruled.append(op)
+            return UNKNOWN
+        probe = Probe(op, self.confidence, self.generator)
+        self.facts.probes.append(probe.claims)
+        return probe
 
     def update_direct(self, node: fx.Node) -> None:
         """Derive what is known of one node's value."""
@@ -156,16 +176,7 @@ class Inference:
             return Fact.constant(tensor.ndim, lambda: tensor.detach().cpu())
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
         true = torch.ones((1,) * tensor.ndim, dtype=torch.bool)
-        return Fact(true, _squash(~keep.bool()), lambda: as_double(tensor).cpu() * keep)
-
-
-def _squash(pattern: Tensor) -> Tensor:
-    """Drop the axes along which a pattern does not vary."""
-    for axis in reversed(range(pattern.ndim)):
-        first = pattern.narrow(axis, 0, 1)
-        if pattern.shape[axis] > 1 and torch.equal(pattern, first.expand_as(pattern)):
-            pattern = first
-    return pattern
+        return Fact(true, squash(~keep.bool()), lambda: as_double(tensor).cpu() * keep)
 
 
 def _none(meta: Any) -> Tensor:
