@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskprop.errors import MaskpropError, MaskpropWarning
+    from maskprop.infer.rules import Rule, register_rule
     from maskprop.masks import Masks, load_masks, make_prune_permanent
     from maskprop.report import Report
     from maskprop.speedup import ModelSpeedup
@@ -24,10 +25,12 @@ __all__ = [
     "Masks",
     "ModelSpeedup",
     "Report",
+    "Rule",
     "__version__",
     "load",
     "load_masks",
     "make_prune_permanent",
+    "register_rule",
     "save",
 ]
 
@@ -37,9 +40,11 @@ _HOME = {
     "MaskpropWarning": "maskprop.errors",
     "ModelSpeedup": "maskprop.speedup",
     "Report": "maskprop.report",
+    "Rule": "maskprop.infer.rules",
     "load": "maskprop.storage",
     "load_masks": "maskprop.masks",
     "make_prune_permanent": "maskprop.masks",
+    "register_rule": "maskprop.infer.rules",
     "save": "maskprop.storage",
 }
 

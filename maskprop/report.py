@@ -164,6 +164,7 @@ class Report:
         for what, paths in (
             ("generated forward", list(self.repair.generated)),
             ("replaced attention", self.repair.replaced),
+            ("the user's modules", self.repair.taken),
         ):
             if paths:
                 parts.append(f"{what} in {_some(paths)}")
@@ -274,7 +275,7 @@ class Report:
             ],
             "changes": [asdict(change) for change in self.changes],
             "generated": dict(self.repair.generated) if self.repair else {},
-            "replaced": list(self.repair.replaced) if self.repair else [],
+            "replaced": [*self.repair.replaced, *self.repair.taken] if self.repair else [],
             "pinned": list(self.repair.pinned) if self.repair else [],
             "kept": [
                 {

@@ -112,7 +112,7 @@ class Graph:
             shape = " | ".join(str(m) for m in meta) if isinstance(meta, tuple) else str(meta)
             args = ", ".join([_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()])
             lines.append(
-                f"%{node.name} = {node.op if node.op != 'call_function' else ''}{node.target}({args})  # "
+                f"%{node.name} = {'' if node.op == 'call_function' else node.op + ' '}{node.target}({args})  # "
                 f"{shape}  {where(node)}"
             )
         return "\n".join(lines)

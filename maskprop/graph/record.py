@@ -49,7 +49,6 @@ class Recorder(TorchDispatchMode):
         self._types: list[type] = [type(model)]
         self._calls = 0
         self.last_path = ""
-        self._saved: dict[str, Tensor] = {}
 
     # -- what the tracer calls ------------------------------------------------------------------
 
@@ -104,8 +103,6 @@ class Recorder(TorchDispatchMode):
                 and node.op in ("get_attr", "call_function")
             ):
                 self.graph.fx.erase_node(node)
-        for name, saved in self._saved.items():
-            self.graph.state[name].copy_(saved)
         return self.graph
 
     # -- recording ------------------------------------------------------------------------------
@@ -123,7 +120,7 @@ class Recorder(TorchDispatchMode):
         if schema.name == "aten::_local_scalar_dense" and not self.graph.concrete:
             return self._evaluate(node_args[0]).item()
         if schema.is_mutable:
-            self._save_mutated(op, args)
+            self._note_written(op, args)
         result = None if self.graph.concrete else shortcut(op, args, kwargs)
         if result is None:
             result = op(*args, **kwargs)
@@ -295,22 +292,13 @@ class Recorder(TorchDispatchMode):
                 raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
             return result
 
-    def _save_mutated(self, op: OpOverload, args: Any) -> None:
-        """Before a forward pass writes to one of the model's own tensors, keep a copy to put back."""
+    def _note_written(self, op: OpOverload, args: Any) -> None:
+        """Remember which of the model's own tensors a forward pass writes to."""
         for a, arg in zip(op._schema.arguments, args, strict=False):
-            if a.alias_info is None or not a.alias_info.is_write or not isinstance(arg, Tensor):
-                continue
-            name = self._storages.get(arg.untyped_storage()._cdata)
-            if name is not None:
-                self.graph.mutated.add(name)
-                owner = self._names_tensor(name)
-                if self.graph.concrete and name not in self._saved:
-                    self._node(owner)
-                    with torch.utils._python_dispatch._disable_current_modes():
-                        self._saved[name] = owner.detach().clone()
-
-    def _names_tensor(self, name: str) -> Tensor:
-        return next(t for n, t in self._names.values() if n == name)
+            if a.alias_info is not None and a.alias_info.is_write and isinstance(arg, Tensor):
+                name = self._storages.get(arg.untyped_storage()._cdata)
+                if name is not None:
+                    self.graph.mutated.add(name)
 
 
 # These declare a write to running statistics that evaluation mode does not do.

@@ -61,7 +61,16 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
         TraceError: the chosen tracer cannot run the model, or its graph is malformed.
     """
     if callable(tracer):
-        graph = tracer(model, inputs)
+        try:
+            graph = tracer(model, inputs)
+        except MaskpropError:
+            raise
+        except Exception as error:
+            name = getattr(tracer, "__name__", type(tracer).__name__)
+            raise TraceError(
+                f"the tracer {name} failed with {type(error).__name__}: {error}. The model is unchanged. "
+                "Mend the tracer, or leave the choice to tracer='auto'."
+            ) from error
         graph.check()
         return graph
     on_meta = any(p.is_meta for p in model.parameters())
@@ -188,9 +197,14 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
         before.append([(table, table.copy()) for table in tables])
         if module.training:
             module.__dict__["training"] = False
+    written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
         yield
     finally:
+        with torch.no_grad():
+            for buffer, version, content in written:
+                if buffer._version != version:
+                    buffer.copy_(content)
         for saved in before:
             for table, old in saved:
                 if table != old if isinstance(table, set) else not _same(table, old):

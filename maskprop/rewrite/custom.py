@@ -113,9 +113,10 @@ def leaf_masks(graph: Graph, alignment: Alignment, path: str) -> LeafMasks:
     ]
     inputs = [kept_mask(alignment, n) for n in dict.fromkeys(outside)]
     results = [n for n in ops if any(u not in inside for u in n.users)]
-    output = (
-        kept_mask(alignment, results[-1]) if results and not isinstance(results[-1].meta["tensor"], tuple) else None
-    )
+    last = results[-1] if results else None
+    if last is not None and isinstance(last.meta["tensor"], tuple):  # the first of several results
+        last = next((u for u in last.users if u.args[1] == 0), None)
+    output = None if last is None else kept_mask(alignment, last)
     dot = path + "." if path else ""
     weights = {
         name.removeprefix(dot): kept_mask(alignment, node)

@@ -14,6 +14,9 @@ from torch import Tensor, fx
 
 from maskprop.graph.graph import Graph
 
+# A real kernel may choose other strides than the recorded one did; then only a reshape always works.
+_BY_VALUE = {torch.ops.aten.view.default: torch.reshape, torch.ops.aten._unsafe_view.default: torch.reshape}
+
 
 def masked_state(graph: Graph, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The graph's tensors with masks applied (copies of the masked ones only)."""
@@ -35,9 +38,9 @@ def run_graph(graph: Graph, state: Mapping[str, Tensor], inputs: list[Tensor]) -
                 yield node, [values[n] for n in node.args[0]]
                 return
             else:
-                assert callable(node.target)
+                target = _BY_VALUE.get(node.target, node.target)
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                values[node] = target(*args, **kwargs)
             yield node, values[node]
             for source in node.all_input_nodes:
                 uses[source] -= 1

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import AttributeChange, Plan
-from maskprop.errors import RewriteError
+from maskprop.errors import ReplaceError, RewriteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.trace import Inputs
 from maskprop.infer.coupling import Pin
@@ -45,6 +45,7 @@ class Repair:
             constants, channel_multiple: see :func:`maskprop.align.align.align`.
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
         may_generate: whether forwards may be generated.
+        taken: paths that users' replacements took over.
         generated: paths of the modules that got a generated forward, with the reason.
         pinned: why units were kept after a solve.
     """
@@ -60,6 +61,7 @@ class Repair:
     may_generate: bool = True
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
 
@@ -82,10 +84,12 @@ class Repair:
             apply_plan(self.edits, plan, masks)
             if alignment.plan.empty:
                 return alignment
-            self.replaced += taken + replace_attention(self.edits, plan)
+            self.taken = taken
+            self.replaced += replace_attention(self.edits, plan)
             mismatch = self._mend(alignment)
             if mismatch is None:
                 return alignment
+            self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
             self.edits.rollback(mark)
             more = self._pins(alignment, mismatch)
@@ -103,11 +107,21 @@ class Repair:
             f"at {self.pinned[-1]}. The model is unchanged."
         )
 
+    def _blame_custom(self, mismatch: Mismatch) -> None:
+        """Raises: ReplaceError: the difference comes out of a module that a user's replacement put there."""
+        sources = [] if mismatch.op is None else [str(n.meta.get("path")) for n in mismatch.op.all_input_nodes]
+        for path in [mismatch.path, *sources]:
+            if any(f"{path}.".startswith(f"{t}.") for t in self.taken):
+                raise ReplaceError(
+                    f"the module that was put in place of '{path}' does not fit: {mismatch}. The model is unchanged. "
+                    "Return a module whose tensors have the sizes that the masks say."
+                )
+
     # -- mending --------------------------------------------------------------------------------
 
     def _mend(self, alignment: Alignment) -> Mismatch | None:
         """Repair attributes and forwards; the mismatch that remains, if any."""
-        replay = Replay(self.graph, alignment, self.replaced)
+        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
         mismatch = replay.run(self.edits.model, self.inputs)
         while mismatch is not None:
             after = self._set_attributes(alignment, replay, mismatch)
