@@ -70,17 +70,33 @@ def test_batch_norm_scale() -> None:
     torch.testing.assert_close(of_first(scores.BatchNormScale(), model), model[1].weight.detach().abs().double())
 
 
-def gradients(model: nn.Sequential) -> list[Tensor]:
-    return [torch.autograd.grad(loss(model, batch), model[0].weight)[0].double() for batch in DATA]
+def gradients(model: nn.Sequential, *parameters: nn.Parameter) -> list[list[Tensor]]:
+    return [[g.double() for g in torch.autograd.grad(loss(model, batch), parameters)] for batch in DATA]
 
 
-def test_taylor_and_fisher() -> None:
+def test_taylor_is_what_silence_changes_to_first_order() -> None:
+    """With a batch norm: by its affine. Without: by the rows and their bias."""
+    model, score = network(), scores.Taylor()
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    groups = prunable_groups(model, X)
+    score.statistics = collect(model, groups, score.needs, DATA, loss)
+    for name, (weight, bias) in {"0": model[1].parameters(), "3": model[3].parameters()}.items():
+        w, b = (
+            weight.detach().double().flatten(1) if weight.ndim > 1 else weight.detach().double()[:, None],
+            bias.detach(),
+        )
+        changes = [(w * g.reshape(w.shape)).sum(1) + b * h for g, h in gradients(model, weight, bias)]
+        expected = torch.stack(changes).square().mean(0)
+        torch.testing.assert_close(score(groups[name]), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_fisher() -> None:
     model = network()
     w = model[0].weight.detach().double()
-    taylor = torch.stack([(w * g).flatten(1).sum(1).square() for g in gradients(model)]).mean(0)
-    fisher = (w.square() * torch.stack([g.square() for g in gradients(model)]).mean(0)).flatten(1).sum(1)
-    torch.testing.assert_close(of_first(scores.Taylor(), model), taylor, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(of_first(scores.Fisher(), model), fisher, rtol=1e-5, atol=1e-9)
+    squares = torch.stack([g.square() for (g,) in gradients(model, model[0].weight)]).mean(0)
+    found = of_first(scores.Fisher(), model)
+    torch.testing.assert_close(found, (w.square() * squares).flatten(1).sum(1), rtol=1e-5, atol=1e-9)
 
 
 def test_hessian_diagonal_of_a_quadratic() -> None:

@@ -138,6 +138,17 @@ class Group:
         rows = tuple(m for m in self.members if not m.consumes and m.units.ndim > 1)
         return rows or tuple(m for m in self.members if not m.consumes) or self.members
 
+    @property
+    def gates(self) -> dict[str, list[Member]]:
+        """By module, the parameters nearest to the activation whose zeros silence a unit.
+
+        The affines of batch norms if there are any, else the producing weights; each with its bias.
+        """
+        made = [m for m in self.members if not m.consumes]
+        norms = {m.path for m in made if issubclass(m.module, nn.modules.batchnorm._NormBase)}
+        paths = norms or {m.path for m in self.producers}
+        return {p: [m for m in made if m.path == p] for p in dict.fromkeys(m.path for m in made) if p in paths}
+
     def tensor(self, member: Member) -> Tensor:
         """The member's parameter as it is now, masked if masks are applied."""
         return tensor_of(self.model, member.name).detach()

@@ -183,16 +183,20 @@ class BatchNormScale(Score):
 
 
 class Taylor(Score):
-    """``E[(sum of w * g)^2]`` over batches (Molchanov et al., 2019, arXiv:1906.10771)."""
+    """``E[(sum of w * g)^2]`` over batches (Molchanov et al., 2019, arXiv:1906.10771).
+
+    The sum is over the parameters nearest to the activation, see :attr:`Group.gates`: to first order, the change of
+    the loss when the unit falls silent.
+    """
 
     needs = frozenset({"taylor"})
 
+    def _members(self, group: Group) -> Sequence[Member]:
+        return [members[0] for members in group.gates.values()]
+
     def member(self, group: Group, member: Member) -> Tensor | None:
         """The expected squares."""
-        return self.data().mean_of("taylor", f"{group.name}|{member.name}|{member.axis}")
-
-    def _members(self, group: Group) -> Sequence[Member]:
-        return group.producers
+        return self.data().mean_of("taylor", f"{group.name}|{member.path}")
 
 
 class Fisher(Score):

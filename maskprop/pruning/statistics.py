@@ -21,7 +21,7 @@ _ACTIVATIONS = frozenset({"activation_mean", "activation_nonzero", "input_norm"}
 class Statistics:
     """Means over batches.
 
-    Kinds and their keys: ``taylor`` (group and member; the squared sum of weight times gradient a part),
+    Kinds and their keys: ``taylor`` (group and module; the squared sum of weight times gradient a part),
     ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``,
     ``activation_nonzero`` (module;
     an output channel), ``input_norm`` (module; mean square an input channel).
@@ -95,7 +95,8 @@ def collect(
             found.batches += 1
     if not found.batches:
         raise ScoreError(
-            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a DataLoader."
+            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a "
+            "DataLoader."
         )
     return found
 
@@ -130,28 +131,25 @@ def _gradients(
         for name, gradient in by_name.items():
             found.add("squared_gradient", name, gradient.square())
     if "taylor" in needs:
+        products = {n: parameters[n].detach() * g.detach() for n, g in by_name.items()}
         for group in groups:
-            for member in group.producers:
-                if member.name in by_name:
-                    product = parameters[member.name].detach() * by_name[member.name].detach()
-                    found.add(
-                        "taylor",
-                        f"{group.name}|{member.name}|{member.axis}",
-                        group.rows(member, product).double().sum(1).square(),
-                    )
+            for path, members in group.gates.items():
+                terms = [group.rows(m, products[m.name]).double().sum(1) for m in members if m.name in products]
+                if terms:
+                    found.add("taylor", f"{group.name}|{path}", torch.stack(terms).sum(0).square())
     if second:
         signs = {
             n: torch.randint(0, 2, g.shape, generator=generator).to(g) * 2 - 1
             for n, g in by_name.items()
             if g.requires_grad
         }
-        products = torch.autograd.grad(
+        curved = torch.autograd.grad(
             [by_name[n] for n in signs],
             [parameters[n] for n in signs],
             list(signs.values()),
             allow_unused=True,
         )
-        for (name, sign), product in zip(signs.items(), products, strict=True):
+        for (name, sign), product in zip(signs.items(), curved, strict=True):
             if product is not None:
                 found.add("hessian", name, sign * product)
 
