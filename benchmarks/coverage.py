@@ -197,7 +197,7 @@ def run(
     models = [
         (zoo, name) for zoo in zoos for name in load_zoo(zoo) if any(fnmatch.fnmatch(name, glob) for glob in globs)
     ]
-    if maskings is None and redo == "none":
+    if redo == "none":
         models = [key for key in models if key not in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
     tally: Counter[str] = Counter()
