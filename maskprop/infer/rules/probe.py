@@ -113,7 +113,8 @@ class Probe(Rule):
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         every = super().needed(op, facts, needed)
-        if all(f.total for f in facts) or not any(bool(n.any()) for n in needed):
+        masked = not all(f.nothing for f in facts) or not all(bool(n.all()) for n in needed)
+        if all(f.total for f in facts) or not masked or not any(bool(n.any()) for n in needed):
             return every
         found = self._attempt("needed", lambda: self._needed(op, facts, needed))
         if found is None:
