@@ -50,7 +50,7 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     """
     traced: dict[str, tuple[fx.Graph, Arguments]] = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with edits.suspended():  # the author's forward runs on the dense module only
+    with edits.suspended(), frozen_state(edits.model):  # the author's forward runs on the dense module only
         calls = {p: graph.calls[p] for p in paths if p in graph.calls}
         state = _opaque_arguments(edits.model, calls, inputs, fake)
         for path in calls:
@@ -69,7 +69,8 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     for path, (forward, arguments) in traced.items():
         module = edits.model.get_submodule(path)
         try:
-            source, imports = _Generator(edits.model, module, path, replay, forward, arguments, fake).run()
+            with frozen_state(edits.model):
+                source, imports = _Generator(edits.model, module, path, replay, forward, arguments, fake).run()
         except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
