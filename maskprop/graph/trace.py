@@ -190,10 +190,7 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
     before = []
     for module in model.modules():
-        tables = [
-            module.__dict__,
-            *(module.__dict__[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")),
-        ]
+        tables: list[Any] = [module.__dict__, *(v for v in module.__dict__.values() if type(v) in (dict, set))]
         before.append([(table, table.copy()) for table in tables])
         if module.training:
             module.__dict__["training"] = False

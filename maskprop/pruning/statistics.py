@@ -95,8 +95,7 @@ def collect(
             found.batches += 1
     if not found.batches:
         raise ScoreError(
-            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a "
-            "DataLoader."
+            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a DataLoader."
         )
     return found
 

@@ -32,6 +32,9 @@ class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         return len(self.tracer.companion(self.node))  # type: ignore[attr-defined]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
 
 class _Tracer(fx.Tracer):
     """``torch.fx`` with companions; see the module's docstring."""
@@ -168,7 +171,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
     """
     before = set(vars(module))
     try:
-        with torch.no_grad(), plain_kernels(), _symbolic_finfo():
+        with torch.no_grad(), plain_kernels(), _symbolic_finfo(), _nothing_wrapped():
             graph = _Tracer(module, arguments).trace(module)
     finally:
         constants = [name for name in vars(module) if name not in before]
@@ -180,6 +183,18 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
         if node.target is operator.getitem and not node.users and node.args[0].op == "placeholder":
             graph.erase_node(node)
     return graph
+
+
+@contextmanager
+def _nothing_wrapped() -> Iterator[None]:
+    """Trace through functions that their authors declared as leaves of any fx trace: sizes stand in them too."""
+    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    before = dict(wrapped)
+    wrapped.clear()
+    try:
+        yield
+    finally:
+        wrapped.update(before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ value. The result is a subclass of the author's class, put on the same object.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -22,7 +23,7 @@ from maskprop.graph.graph import Graph, is_op, shape_of
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, plain_kernels
-from maskprop.rewrite.concolic import bind_arguments, header, is_plain, run_node, trace_module
+from maskprop.rewrite.concolic import CannotTrace, bind_arguments, header, is_plain, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
 from maskprop.rewrite.replay import Replay
@@ -55,7 +56,11 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
         state = _opaque_arguments(edits.model, calls, inputs, fake)
         for path in calls:
             module = edits.model.get_submodule(path)
-            nodes = bind_arguments(module, calls[path])
+            try:
+                nodes = bind_arguments(module, calls[path])
+            except CannotTrace as error:
+                log.info("no forward could be traced for '%s': %s", path, error)
+                continue
             caches = {name: NoCache() for name in CACHES if name in nodes and nodes[name] is None}
             for stand_ins in [caches, {}] if caches else [{}]:
                 arguments = Arguments(nodes, {**state.get(path, {}), **stand_ins}, fake)
@@ -123,8 +128,11 @@ def _opaque_arguments(
     model: nn.Module, calls: Mapping[str, tuple[Any, dict[str, Any]]], inputs: Inputs, fake: FakeTensorMode
 ) -> dict[str, dict[str, Any]]:
     """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run."""
-    bound = {path: bind_arguments(model.get_submodule(path), call) for path, call in calls.items()}
-    wanted = {path: [n for n, v in arguments.items() if _is_opaque(v)] for path, arguments in bound.items()}
+    wanted: dict[str, list[str]] = {}
+    for path, call in calls.items():
+        with contextlib.suppress(CannotTrace):  # it is reported when its trace is tried
+            arguments = bind_arguments(model.get_submodule(path), call)
+            wanted[path] = [name for name, value in arguments.items() if _is_opaque(value)]
     found: dict[str, dict[str, Any]] = {}
     handles = []
     for path, names in wanted.items():

@@ -2,6 +2,7 @@
 
 from maskprop.infer.rules import (
     convolution,
+    gated,
     joining,
     lookup,
     matmul,
@@ -21,6 +22,6 @@ from maskprop.infer.rules.registry import (
 )
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions",
+    "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions",
     "register", "register_rule", "registered", "spatial", "unregister_rule",
 ]  # fmt: skip

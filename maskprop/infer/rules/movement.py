@@ -104,7 +104,10 @@ class Expand(Step):
         out: Labels = [*[None] * lead, *(moved(a, self.move) for a in labels)]
         for axis, n in enumerate(self.dst):
             grows = n > 1 and (axis < lead or self.src[axis - lead] == 1)
-            if not grows or axis == 0 or not self.merges_next:
+            if not grows or axis == 0:
+                continue
+            if not self.merges_next:  # equal elements: as free as what they meet
+                out[axis] = c.fresh([n if i == axis else 1 for i in range(len(self.dst))])
                 continue
             # copies inside a labelled axis (the query heads of a key-value head) may leave one by one
             before = out[axis - 1]

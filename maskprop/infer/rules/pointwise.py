@@ -219,3 +219,11 @@ class Uniform(Rule):
         if labels and op.arg("size") is None:
             return list(labels[0])  # made in the likeness of its input
         return c.axes(op.shape)
+
+
+@register(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
+class Undefined(Uniform):
+    """Memory that is yet to be written to: whatever it holds, nobody relies on it."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        return Fact.unknown(len(op.shape))
