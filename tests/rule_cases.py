@@ -172,6 +172,13 @@ def new_full(r: random.Random, target: OpOverload) -> Case:
     return Case(target, (Arg(shape(r)), list(shape(r)), 1.5))
 
 
+@case(aten.glu.default)
+def glu(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dim = r.randrange(len(full))
+    return Case(target, (Arg((*full[:dim], 2 * full[dim], *full[dim + 1 :])), r.choice([dim, dim - len(full)])))
+
+
 # -- contractions -------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from maskprop.infer.rules import find_rule, registered
 
 aten = torch.ops.aten
 GPU_ONLY = {aten.cudnn_batch_norm.default}
+UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}  # no numbers to compare
 # They read no axis that could shrink, or all of them.
 NOTHING_LEAVES = {
     aten.zeros.default, aten.ones.default, aten.full.default, aten.scalar_tensor.default, aten.mean.default,
@@ -37,7 +38,7 @@ def test_rule(target: OpOverload, r: random.Random) -> None:
 
 
 def test_every_rule_has_cases() -> None:
-    assert set(registered()) - set(CASES) - GPU_ONLY == set()
+    assert set(registered()) - set(CASES) == GPU_ONLY | UNDEFINED
 
 
 @pytest.mark.parametrize("target", sorted(set(CASES) - NOTHING_LEAVES, key=str), ids=str)

@@ -22,6 +22,20 @@ from maskprop.infer.rules.registry import (
 )
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise", "reductions",
-    "register", "register_rule", "registered", "spatial", "unregister_rule",
-]  # fmt: skip
+    "Rule",
+    "convolution",
+    "find_rule",
+    "gated",
+    "joining",
+    "lookup",
+    "matmul",
+    "movement",
+    "norms",
+    "pointwise",
+    "reductions",
+    "register",
+    "register_rule",
+    "registered",
+    "spatial",
+    "unregister_rule",
+]
