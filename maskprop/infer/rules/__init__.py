@@ -22,20 +22,6 @@ from maskprop.infer.rules.registry import (
 )
 
 __all__ = [
-    "Rule",
-    "convolution",
-    "find_rule",
-    "gated",
-    "joining",
-    "lookup",
-    "matmul",
-    "movement",
-    "norms",
-    "pointwise",
-    "reductions",
-    "register",
-    "register_rule",
-    "registered",
-    "spatial",
-    "unregister_rule",
-]
+    "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise",
+    "reductions", "register", "register_rule", "registered", "spatial", "unregister_rule",
+]  # fmt: skip
