@@ -146,7 +146,10 @@ class Trial:
         return torch.rand(shape, generator=self.generator) < p
 
     def pattern(self, shape: Shape) -> Shape:
-        """A shape that broadcasts to ``shape`` and varies along some of its axes."""
+        """A shape that broadcasts to ``shape`` and varies along some of its axes, most often along channels alone."""
+        if shape and self.r.random() < 0.5:
+            axis = self.r.choice([min(1, len(shape) - 1), self.r.randrange(len(shape))])
+            return tuple(n if i == axis else 1 for i, n in enumerate(shape))
         return tuple(n if self.r.random() < 0.5 else 1 for n in shape)
 
     def _fact(self, arg: Arg) -> Fact:
@@ -176,7 +179,8 @@ class Trial:
 
     def _extended(self, varies: Shape, shape: Shape) -> Shape:
         """A value may vary along more axes than what is known of it."""
-        return tuple(n if v > 1 or self.r.random() < 0.3 else 1 for v, n in zip(varies, shape, strict=True))
+        share = self.r.choice([0.0, 0.0, 0.5])
+        return tuple(n if v > 1 or self.r.random() < share else 1 for v, n in zip(varies, shape, strict=True))
 
     def _random(self, arg: Arg) -> Tensor:
         if arg.role == "index":
