@@ -207,7 +207,8 @@ def page(results: Row, plot: bool) -> Iterator[str]:
         yield "![Seconds against size](scaling.png)"
         yield ""
     for family, found in results["families"].items():
-        yield f"## {FAMILIES[family][3].capitalize()}"
+        title = FAMILIES[family][3]
+        yield f"## {title[0].upper()}{title[1:]}"
         yield ""
         yield from _exponents(family, found)
         stages = list(found[-1]["seconds"])

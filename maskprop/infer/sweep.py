@@ -118,7 +118,9 @@ class Inference:
                 f"{node.target} in '{node.meta['path']}' has no rule and inference='rules' allows no other way. "
                 "Register one with maskprop.register_rule, or use inference='auto'."
             )
-        if self.mode == "rules" or not op.inputs:
+        # torch's own kernels may abort the process on arguments that no caller gives: only users' ops are probed
+        of_torch = op.target.namespace in ("aten", "prims", "prim") and self.mode != "gradient"
+        if self.mode == "rules" or not op.inputs or of_torch:
             self.facts.unruled.append(op)
             return UNKNOWN
         probe = Probe(op, self.confidence, self.generator)
