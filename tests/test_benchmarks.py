@@ -1,0 +1,108 @@
+"""The benchmarks' own parts: subjects and their masks, pages out of results, memory and exponents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import engine, machine, scaling
+from benchmarks.engine_table import write_page
+from benchmarks.subjects import SUBJECTS, half, rows
+from maskprop import load_masks
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_masks_fit_their_model(name: str) -> None:
+    with torch.device("meta"):
+        model = SUBJECTS[name].build()
+    masks = SUBJECTS[name].masks(model)
+    assert len(load_masks(model, masks).parameters) == len(masks) > 0
+    for key, mask in masks.items():
+        assert 0.5 <= mask.mean() <= 2 / 3, key  # of three heads, one leaves
+        assert mask.numel() == max(mask.shape), key
+    heads = SUBJECTS[name].heads
+    if heads is not None:
+        for layer, count in heads.by_layer(model).items():
+            assert layer.weight.shape[0] % (count * heads.parts) == 0
+
+
+def test_equal_widths_lose_the_same_half() -> None:
+    assert torch.equal(half(64), half(64))
+    assert half(64).sum() == 32
+    masks = rows("fc", nn.Linear(3, 8), half(8))
+    assert masks["fc.weight"].shape == (8, 1)
+    assert masks["fc.bias"].shape == (8,)
+
+
+def test_exponent() -> None:
+    sizes = [10.0, 100.0, 1000.0]
+    assert scaling.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+
+
+def test_peak_memory() -> None:
+    result, peak = machine.peak_memory(lambda n: torch.ones(n).sum(), 1 << 24)
+    assert result == 1 << 24
+    assert peak is None or peak >= 0.9 * (1 << 26)
+
+
+def row(warm: float, **more: Any) -> dict[str, Any]:
+    found = {"parameters": {"before": 100, "after": 25}, "peers": {}, "nodes": 9, "solves": 1}
+    times = {"forward": 0.5, "copy": 0.1, "cold": 9.0, "warm": warm, "verified": 2 * warm}
+    return {**found, **times, "stages": {"trace": warm / 2, "align": warm / 2}, **more}
+
+
+RESULTS = {
+    "machine": machine.describe(),
+    "peers": {"Torch-Pruning": "1.6.1", "torch-simplify": None},
+    "rounds": 3,
+    "models": {
+        "ResNet-50": row(1.0, peers={"Torch-Pruning": {"seconds": 4.0}}),
+        "Swin-T": row(2.0, peers={"Torch-Pruning": {"seconds": 2.0}}),
+        "GPT-2": row(1.0, peers={"Torch-Pruning": {"failure": "KeyError: 'c_attn'"}}),
+        "Llama-1B": {"failure": "exit status -9: no output"},
+    },
+}
+
+
+def test_page_of_the_engine(tmp_path: Path) -> None:
+    results = json.loads(json.dumps(RESULTS))
+    results["models"]["Swin-T"]["memory"] = {"bytes": 4e6, "peak": 2e6, "verified": 6e6, "peers": {}}
+    write_page(results, tmp_path / "docs" / "engine.md")
+    text = (tmp_path / "docs" / "engine.md").read_text()
+    assert "**0.50** of the time of Torch-Pruning 1.6.1 in the geometric mean over the 2 models" in text
+    assert "at most 1.00 (Swin-T)" in text
+    assert "torch-simplify was not installed" in text
+    assert "ResNet-50: **2.0** dense forward passes" in text
+    assert "| Swin-T | 4 | 2 | 6 | 0.50 | 1.50 | — | — |" in text
+    assert "* Torch-Pruning on GPT-2: `KeyError: 'c_attn'`" in text
+    assert "* Llama-1B: `exit status -9: no output`" in text
+
+
+def test_page_of_the_scaling() -> None:
+    def one(size: int) -> dict[str, Any]:
+        counts = {"size": size, "parameters": size, "weights": size, "nodes": 7 * size, "units": size}
+        return {**counts, "seconds": {"trace": size / 10}, "total": size / 10, "bytes": size**2}
+
+    results = {"machine": machine.describe(), "families": {"depth": [one(10), one(100), one(1000)]}}
+    text = "\n".join(scaling.page(results, plot=False))
+    assert "Seconds grow with the graph nodes to the power of **1.00**; 1.00 at the end." in text
+    assert "Bytes grow with the graph nodes to the power of **2.00**" in text
+
+
+def test_a_worker_measures_and_tells_why_a_peer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(model: nn.Module, subject: Any) -> None:
+        raise TypeError("no")
+
+    monkeypatch.setattr(engine, "RUN_PEER", {"Torch-Pruning": failing})
+    monkeypatch.setattr(engine, "version_of", lambda name: "1")
+    found = engine.Worker("MobileNetV2").times(1)
+    assert found["peers"] == {"Torch-Pruning": {"failure": "TypeError: no"}}
+    assert found["parameters"]["after"] < found["parameters"]["before"]
+    assert found["error"] < 1e-5
+    assert set(found["stages"]) >= {"trace", "infer", "align", "rewrite"}
+    assert all(found[key] > 0 for key in ("cold", "warm", "verified", "forward", "copy"))
