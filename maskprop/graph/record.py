@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskprop.graph.decompose import DECOMPOSED
 from maskprop.graph.functional import Value, functional_overload
 from maskprop.graph.graph import Graph, TensorMeta
 from maskprop.graph.shapes import shortcut
@@ -112,9 +113,9 @@ class Recorder(TorchDispatchMode):
         schema = op._schema
         if schema.name in _QUERIES:
             return op(*args, **kwargs)
-        if schema.name in _DECOMPOSED:
+        if schema.name in DECOMPOSED:
             with self:
-                return _DECOMPOSED[schema.name](*args, **kwargs)
+                return DECOMPOSED[schema.name](*args, **kwargs)
         node_args = fx.node.map_aggregate(args, self._to_node)
         node_kwargs = fx.node.map_aggregate(kwargs, self._to_node)
         if schema.name == "aten::_local_scalar_dense" and not self.graph.concrete:
@@ -307,33 +308,6 @@ _MUTABLE_STATISTICS = {
     "aten::cudnn_batch_norm",
     "aten::_native_batch_norm_legit",
     "aten::batch_norm_with_update",
-}
-
-
-def _pixel_shuffle(x: Tensor, r: int) -> Tensor:
-    *batch, c, h, w = x.shape
-    n = len(batch)
-    cut = x.view(*batch, c // r**2, r, r, h, w).permute(*range(n), n, n + 3, n + 1, n + 4, n + 2)
-    return cut.reshape(*batch, c // r**2, h * r, w * r)
-
-
-def _pixel_unshuffle(x: Tensor, r: int) -> Tensor:
-    *batch, c, h, w = x.shape
-    n = len(batch)
-    cut = x.view(*batch, c, h // r, r, w // r, r).permute(*range(n), n, n + 2, n + 4, n + 1, n + 3)
-    return cut.reshape(*batch, c * r**2, h // r, w // r)
-
-
-def _channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    batch, c, *space = x.shape
-    return x.view(batch, groups, c // groups, *space).transpose(1, 2).reshape(batch, c, *space)
-
-
-# Ops that are a few movements in one: recorded as these, whose sizes the replay can compare one by one.
-_DECOMPOSED = {
-    "aten::pixel_shuffle": _pixel_shuffle,
-    "aten::pixel_unshuffle": _pixel_unshuffle,
-    "aten::channel_shuffle": _channel_shuffle,
 }
 
 
