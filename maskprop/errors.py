@@ -90,6 +90,10 @@ class UnsupportedOpError(MaskpropError, NotImplementedError):
     """An op has no rule, and the chosen inference may not probe it."""
 
 
+class MetaValueError(MaskpropError, RuntimeError):
+    """The value of a tensor on the meta device is needed, and nothing was given that reads it."""
+
+
 class PlanError(MaskpropError, RuntimeError):
     """No consistent plan exists, or a plan does not fit the model."""
 

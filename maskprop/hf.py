@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,11 @@ def save_pretrained(model: Any, directory: PathLike, **options: Any) -> None:
             return
         for path, obstacle in obstacles(record):
             raise SaveError(f"'{path}' cannot be saved as data: {obstacle}. Save the model with torch.save.")
-        expressed = _expressing_config(model, record)
+        inputs = example(model)
+        expressed = expressing_config(model, record, lambda c: inputs is not None and _expresses(model, c, inputs))
         if expressed is None:
-            expressed = copy.deepcopy(config)
-            expressed.quantization_config = {"quant_method": METHOD, "plan_file": PLAN}
-            _write_plan(model, target, record)
+            expressed = flagged(config)
+            write_plan(model, target, record, hidden_buffers(model))
         else:
             for stale in (PLAN, BUFFERS):
                 (target / stale).unlink(missing_ok=True)
@@ -99,6 +100,21 @@ def load_pretrained(directory: PathLike, *, trust_code: bool = False, **options:
     Raises:
         LoadError: the config names no class of transformers, or the plan is damaged.
     """
+    cls, _ = model_class(directory)
+    token = _trust.set(trust_code)
+    try:
+        model: nn.Module = cls.from_pretrained(directory, **options)
+    finally:
+        _trust.reset(token)
+    return model
+
+
+def model_class(directory: PathLike) -> tuple[type[Any], Any]:
+    """The class that a directory's config names, and the config, without a word of its being compact.
+
+    Raises:
+        LoadError: the config names no class of transformers.
+    """
     config = transformers.AutoConfig.from_pretrained(directory)
     name = (config.architectures or ["no class"])[0]
     cls = getattr(transformers, name, None)
@@ -106,12 +122,9 @@ def load_pretrained(directory: PathLike, *, trust_code: bool = False, **options:
         raise LoadError(
             f"config.json in '{directory}' names {name}, which transformers does not have. Load it with its own class."
         )
-    token = _trust.set(trust_code)
-    try:
-        model: nn.Module = cls.from_pretrained(directory, **options)
-    finally:
-        _trust.reset(token)
-    return model
+    if getattr(config, "quantization_config", {}).get("quant_method") == METHOD:
+        del config.quantization_config
+    return cls, config
 
 
 # -- loading, as transformers asks for it -------------------------------------------------------
@@ -135,7 +148,7 @@ class PlanQuantizer(HfQuantizer):
         self._buffers: dict[str, Tensor] = {}
         data, folder = self._read(model, options.get("checkpoint_files"))
         record, part, prefix = _fit(data, model)
-        left_out = _hidden_buffers(part)
+        left_out = hidden_buffers(part)
         apply_record(part, record, _trust.get())
         if (folder / BUFFERS).is_file():
             saved = load_file(folder / BUFFERS)
@@ -171,15 +184,7 @@ class PlanQuantizer(HfQuantizer):
                     f"where the model came."
                 )
             folder = Path(found).parent
-        try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-            if not {"prefix", "record"} <= data.keys():
-                raise ValueError("it has no 'prefix' or 'record'")
-        except (OSError, ValueError, AttributeError) as error:
-            raise LoadError(
-                f"{name} in '{folder}' is damaged ({error}). Restore the file from where the model came."
-            ) from error
-        return data, folder
+        return read_plan(folder, name), folder
 
     def is_serializable(self) -> bool:
         """The compact model saves as ever."""
@@ -189,6 +194,23 @@ class PlanQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The compact model trains as ever."""
         return True
+
+
+def read_plan(folder: Path, name: str) -> dict[str, Any]:
+    """What :func:`write_plan` wrote.
+
+    Raises:
+        LoadError: the file is damaged.
+    """
+    try:
+        data: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not {"prefix", "record"} <= data.keys():
+            raise ValueError("it has no 'prefix' or 'record'")
+    except (OSError, ValueError, AttributeError) as error:
+        raise LoadError(
+            f"{name} in '{folder}' is damaged ({error}). Restore the file from where the model came."
+        ) from error
+    return data
 
 
 def _fit(data: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Module, str]:
@@ -209,7 +231,7 @@ def _fit(data: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Mod
     return record, part, prefix
 
 
-def _hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
+def hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a checkpoint does not hold."""
     found = {}
     for path, module in model.named_modules():
@@ -223,15 +245,23 @@ def _hidden_buffers(model: nn.Module) -> dict[str, Tensor]:
 # -- saving -------------------------------------------------------------------------------------
 
 
-def _write_plan(model: nn.Module, target: Path, record: dict[str, Any]) -> None:
+def flagged(config: Any) -> Any:
+    """A copy of a config that tells ``from_pretrained`` to apply the plan."""
+    config = copy.deepcopy(config)
+    config.quantization_config = {"quant_method": METHOD, "plan_file": PLAN}
+    return config
+
+
+def write_plan(model: nn.Module, target: Path, record: dict[str, Any], buffers: Mapping[str, Tensor]) -> None:
+    """Write the record, and those of the buffers, which no checkpoint holds, that shrank."""
     target.mkdir(parents=True, exist_ok=True)
     prefix = str(getattr(model, "base_model_prefix", ""))
     text = to_text({"prefix": prefix if hasattr(model, prefix) else "", "record": record})
     _replace(target / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
     sliced = {name for step in record["steps"] for name in step["plan"]["keep"]}
-    buffers = {n: t.detach().contiguous().clone() for n, t in _hidden_buffers(model).items() if n in sliced}
-    if buffers:
-        _replace(target / BUFFERS, lambda path: save_file(buffers, path))
+    held = {name: t.detach().contiguous().clone() for name, t in buffers.items() if name in sliced}
+    if held:
+        _replace(target / BUFFERS, lambda path: save_file(held, path))
     else:
         (target / BUFFERS).unlink(missing_ok=True)
 
@@ -249,17 +279,13 @@ def _replace(path: Path, write: Any) -> None:
 # -- a config that says it ----------------------------------------------------------------------
 
 
-def _expressing_config(model: nn.Module, record: dict[str, Any]) -> Any:
-    """A config whose dense model is the compact one: same shapes, same outputs; ``None`` if there is none."""
+def expressing_config(model: nn.Module, record: dict[str, Any], same: Callable[[Any], bool]) -> Any:
+    """A config whose dense model is the compact one, as ``same`` finds; ``None`` if there is none."""
     if any("class" in change for step in record["steps"] for change in step["modules"].values()):
         return None
     sizes = _sizes(record)
     if sizes is None:
         return None
-    inputs = _example(model)
-    if inputs is None:
-        return None
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     choices = [(field, new) for field, value in _fields(model.config) for new in _new_values(value, sizes)]
     for count in range(1, min(len(choices), 4) + 1):
         for changes in combinations(choices, count):
@@ -268,8 +294,11 @@ def _expressing_config(model: nn.Module, record: dict[str, Any]) -> Any:
             config = copy.deepcopy(model.config)
             for field, new in changes:
                 setattr(config, field, new)
-            if _expresses(model, config, shapes, inputs):
-                return config
+            try:
+                if same(config):
+                    return config
+            except Exception as error:  # a config that its own model does not take
+                log.debug("no such config: %s: %s", type(error).__name__, error)
     return None
 
 
@@ -314,25 +343,26 @@ def _new_values(value: int, sizes: dict[int, int]) -> list[int]:
     return list(dict.fromkeys(v for v in found if v != value and v > 0))
 
 
-def _expresses(model: nn.Module, config: Any, shapes: dict[str, tuple[int, ...]], inputs: dict[str, Tensor]) -> bool:
-    """Whether the config's own model has these shapes, and with these weights the same outputs."""
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            candidate = type(model)(config)
-        if {name: tuple(t.shape) for name, t in candidate.state_dict().items()} != shapes:
-            return False
-        with torch.random.fork_rng(devices=[]):  # for real: buffers that no checkpoint holds must come out right
-            candidate = type(model)(config).eval()
-        candidate.load_state_dict(model.state_dict(), assign=True)
-        candidate.to(next(model.parameters()).device)
-        checks = compare_outputs(run_model(candidate, ((), inputs)), run_model(model, ((), inputs)))
-        return all(check.passed for check in checks)
-    except Exception as error:  # a config that its own model does not take
-        log.debug("no such config: %s: %s", type(error).__name__, error)
+def _expresses(model: nn.Module, config: Any, inputs: dict[str, Tensor]) -> bool:
+    """Whether the config's own model has the shapes of this one, and with its weights the same outputs."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        candidate = type(model)(config)
+    if shapes_of(candidate) != shapes_of(model):
         return False
+    with torch.random.fork_rng(devices=[]):  # for real: buffers that no checkpoint holds must come out right
+        candidate = type(model)(config).eval()
+    candidate.load_state_dict(model.state_dict(), assign=True)
+    candidate.to(next(model.parameters()).device)
+    checks = compare_outputs(run_model(candidate, ((), inputs)), run_model(model, ((), inputs)))
+    return all(check.passed for check in checks)
 
 
-def _example(model: nn.Module) -> dict[str, Tensor] | None:
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a checkpoint holds."""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def example(model: nn.Module) -> dict[str, Tensor] | None:
     """Inputs that the model takes, or ``None`` if none can be guessed."""
     from maskprop.commands.sources import hugging_face_inputs
     from maskprop.errors import OptionError
@@ -342,4 +372,5 @@ def _example(model: nn.Module) -> dict[str, Tensor] | None:
         made = hugging_face_inputs(model, model.config, 2, torch.Generator().manual_seed(0))
     except OptionError:
         return None
-    return {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in made.items()}
+    device = "cpu" if first.is_meta else first.device
+    return {k: v.to(device, first.dtype if v.is_floating_point() else v.dtype) for k, v in made.items()}

@@ -6,12 +6,13 @@ import gc
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import Plan
@@ -19,17 +20,18 @@ from maskprop.errors import DummyInputError, NonFiniteError, OptionError, StageE
 from maskprop.explain import Explainer
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
-from maskprop.graph.trace import Inputs, Tracer, describe_inputs, split_inputs, trace
+from maskprop.graph.trace import Inputs, Tracer, describe_inputs, split_inputs, trace, trace_partial
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.reasons import Explanation
 from maskprop.report import Report
+from maskprop.rewrite.apply import compact_tensor
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
 from maskprop.rewrite.edits import Edits, tensor_of
-from maskprop.rewrite.reference import masked_state
+from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, Snapshot, new_record
-from maskprop.rewrite.verify import Reference, first_difference, fresh_inputs
+from maskprop.rewrite.verify import Reference, first_difference, fresh_inputs, run_model, run_read
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class ModelSpeedup:
         channel_multiple: every axis that shrinks keeps a multiple of this many units.
         tracer: ``"auto"``, ``"fake"``, ``"concrete"``, ``"meta"`` or a function of ``(model, inputs)``.
         verify: compare with the masked model, on the dummy input and on a random one, before returning.
+        read: for a model on the meta device, a function that gives the value of a tensor by its name. Constants are
+            then folded and the result is verified as ever, and no more than a few tensors are held at a time.
         seed: of the random numbers that probes and verification draw.
 
     Attributes:
@@ -95,6 +99,7 @@ class ModelSpeedup:
         channel_multiple: int = 1,
         tracer: str | Tracer = "auto",
         verify: bool = True,
+        read: Callable[[str], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         for name, value, known in (("constants", constants, CONSTANTS), ("inference", inference, MODES)):
@@ -108,6 +113,7 @@ class ModelSpeedup:
         self.batch_dim, self.confidence = batch_dim, confidence
         self.constants, self.channel_multiple = constants, channel_multiple
         self.inference_mode, self.tracer, self.verify = inference, tracer, verify
+        self.read = read
         self.generator = torch.Generator().manual_seed(seed)
         self.masks: Masks = load_masks(model, masks_file, map_location)
         self.report = Report()
@@ -142,10 +148,13 @@ class ModelSpeedup:
         """
         with self._stage("trace"):
             self.graph = trace(self.model, self.inputs, self.tracer)
+            self.graph.read = self.read
             insert_activation_masks(self.graph, self.model, self.masks.activations)
         masks = {self.graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
         for name in masks:
             tensor = tensor_of(self.model, name)
+            if tensor.is_meta and self.read is not None:
+                tensor = self.read(name)
             if not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
                 raise NonFiniteError(
                     f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its "
@@ -176,8 +185,8 @@ class ModelSpeedup:
         inference = self._inferred()
         with self._stage("align"):
             alignment = align(inference, self.constants, self.channel_multiple)
-        on_meta = any(p.is_meta for p in self.model.parameters())
-        reference = None if on_meta or not self.verify else self._reference()
+        unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
+        reference = None if unreadable or not self.verify else self._reference()
         before = Snapshot(self.model)
         self._edits = edits = Edits(self.model)
         repair = Repair(
@@ -259,7 +268,7 @@ class ModelSpeedup:
         with self._stage("verify"):
             batches = [self.inputs, fresh_inputs(self.inputs, self.generator)]
             try:
-                reference = Reference(self.graph, masked_state(self.graph, self.inference.masks), batches)
+                reference = Reference(self.graph, masked_values(self.graph, self.inference.masks), batches)
             except Exception as error:
                 raise DummyInputError(
                     f"the masked model does not run on the dummy input ({describe_inputs(self.inputs)}): "
@@ -295,7 +304,7 @@ class ModelSpeedup:
         """What the comparison with the masked model says; without exact constants, a difference is no problem."""
         try:
             with self._stage("verify"):
-                self.report.check = check = reference.compare(self.model)
+                self.report.check = check = reference.compare(self._runner(alignment.plan))
         except Exception as error:
             return VerifyError(
                 f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is "
@@ -303,15 +312,31 @@ class ModelSpeedup:
             )
         if check.passed or self.constants != "exact":
             return None
-        with edits.suspended():
-            state = masked_state(self.graph, self.inference.masks)
-        where = first_difference(self.graph, state, alignment, self.model, self.inputs)
+        where = ""
+        compact, failed, _ = trace_partial(self.model, self.inputs, self.graph.concrete)
+        if failed is None and self.read is None:
+            values = masked_values(self.graph, self.inference.masks)
+            with edits.suspended():
+                held = {name: values(name) for name in self.graph.state}
+            where = first_difference(self.graph, held.__getitem__, alignment, compact, self.inputs)
         return VerifyError(
             f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance "
             f"{check.tolerance:.1e}){where}. The model is unchanged. "
             "Please report it with the model; leave out the masks of that module, or pass verify=False if "
             "you know better."
         )
+
+    def _runner(self, plan: Plan) -> Callable[[Inputs], list[tuple[str, Tensor]]]:
+        """Runs the compact model: on its own tensors, or on what the plan makes of those that are read."""
+        if self.read is None:
+            return partial(run_model, self.model)
+        dense, masks = self.read, self.inference.masks
+        biases = {name: value.to(tensor_of(self.model, name).dtype) for name, value in plan.new_bias.items()}
+
+        def read(name: str) -> Tensor:
+            return biases[name] if name in biases else compact_tensor(plan, name, dense(name), masks)
+
+        return partial(run_read, self.model, read)
 
     def explain(self, name: str, axis: int = 0) -> Explanation:
         """Why each unit of a parameter left or stayed.

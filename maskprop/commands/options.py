@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = (
     "the model: torchvision:NAME, timm:NAME, hf:DIR (a save_pretrained directory), saved:DIR (written by "
-    "maskprop), file.py:factory or package.module:factory; arguments as ?num_classes=10. Only the last two "
-    "run code of yours"
+    "maskprop), DIR for either, file.py:factory or package.module:factory; arguments as ?num_classes=10. Only the last "
+    "two run code of yours"
 )
 
 

@@ -20,7 +20,10 @@ from maskprop._torchvision import import_torchvision
 from maskprop.errors import ModelNameError, OptionError
 from maskprop.storage import load, read_plan
 
-_FORMS = "torchvision:resnet50, timm:vit_tiny_patch16_224, hf:DIR, saved:DIR, file.py:factory, package.module:factory"
+_FORMS = (
+    "torchvision:resnet50, timm:vit_tiny_patch16_224, hf:DIR, saved:DIR, file.py:factory, package.module:factory; "
+    "a directory stands for hf:DIR or saved:DIR"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def find_model(name: str, trust_code: bool = False) -> Source:
     Raises:
         ModelNameError: the name has none of the known forms, or names something that is not there.
     """
+    if Path(name).is_dir():
+        name = ("hf:" if (Path(name) / "config.json").is_file() else "saved:") + name
     prefix, _, rest = name.partition(":")
     if not rest:
         raise ModelNameError(f"'{name}' names no model. Known forms: {_FORMS}.")

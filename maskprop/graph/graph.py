@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from maskprop.errors import TraceError
+from maskprop.errors import MetaValueError, TraceError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Graph:
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
         results: what that call returned, likewise.
+        read: gives the values of tensors that are on the meta device, by name.
     """
 
     fx: FxGraph
@@ -59,6 +61,7 @@ class Graph:
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    read: Callable[[str], Tensor] | None = None
 
     @property
     def nodes(self) -> list[Node]:
@@ -69,6 +72,29 @@ class Graph:
     def ops(self) -> list[Node]:
         """The recorded calls in execution order, without the tuple look-ups."""
         return [n for n in self.fx.nodes if is_op(n)]
+
+    def value(self, name: str) -> Tensor:
+        """The value of a tensor in :attr:`state`, detached; read from elsewhere if the model is on the meta device.
+
+        Raises:
+            MetaValueError: the tensor is on the meta device, and nothing was given that reads it.
+        """
+        tensor = self.state[name].detach()
+        if not tensor.is_meta:
+            return tensor
+        if not tensor.numel():
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        if name.startswith("_constant"):
+            raise MetaValueError(
+                f"forward makes a tensor of shape {tuple(tensor.shape)} from numbers, which are lost on the meta "
+                "device, and its value is needed. Load the model, or pass verify=False if that is what needs it."
+            )
+        if self.read is None:
+            raise MetaValueError(
+                f"a constant that pruned units leave depends on the value of '{name}', which is on the meta device. "
+                "Pass read=, a function from a name to the tensor, or load the model."
+            )
+        return self.read(name)
 
     def dependencies(self) -> nx.DiGraph:
         """The dependency graph: an edge from each value to each op that reads it.

@@ -128,7 +128,9 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        if not concrete and not any(p.is_meta for p in model.parameters()):
+        if any(p.is_meta for p in model.parameters()):
+            inputs = map_tensors(inputs, lambda t: t.to("meta"))
+        elif not concrete:
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             inputs = map_tensors(inputs, fake.from_tensor)
         recorder = Recorder(model, concrete)

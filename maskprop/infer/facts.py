@@ -23,9 +23,10 @@ class Fact:
         plain: wholly known and not touched by any mask. Such a value counts as nowhere zero and is not computed
             unless a constant needs it.
         row_axis: along this axis the elements sum to one (the result of a softmax), else ``None``.
+        again: compute the value whenever it is asked for, and do not hold it.
     """
 
-    __slots__ = ("_value", "known", "nothing", "plain", "row_axis", "total", "zero")
+    __slots__ = ("_value", "again", "known", "nothing", "plain", "row_axis", "total", "zero")
 
     def __init__(
         self,
@@ -34,7 +35,9 @@ class Fact:
         value: Tensor | Callable[[], Tensor],
         plain: bool = False,
         row_axis: int | None = None,
+        again: bool = False,
     ) -> None:
+        self.again = again
         self.known = known
         self.zero = zero
         self._value = value
@@ -50,10 +53,10 @@ class Fact:
         return Fact(false, false, lambda: torch.zeros((1,) * ndim, dtype=torch.float64), row_axis=row_axis)
 
     @staticmethod
-    def constant(ndim: int, value: Callable[[], Tensor]) -> Fact:
+    def constant(ndim: int, value: Callable[[], Tensor], again: bool = False) -> Fact:
         """Wholly known and unmasked; the value is computed on demand."""
         true = torch.ones((1,) * ndim, dtype=torch.bool)
-        return Fact(true, ~true, value, plain=True)
+        return Fact(true, ~true, value, plain=True, again=again)
 
     @staticmethod
     def zeros(where: Tensor) -> Fact:
@@ -69,17 +72,20 @@ class Fact:
 
     def value(self) -> Tensor:
         """The value, broadcastable, valid where ``known``."""
-        if not isinstance(self._value, Tensor):
-            self._value = as_double(self._value())
-        return self._value
+        if isinstance(self._value, Tensor):
+            return self._value
+        value = as_double(self._value())
+        if not self.again:
+            self._value = value
+        return value
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Fact:
         """The fact of a moved value; ``move`` takes any tensor that is broadcastable over the value."""
-        return Fact(move(self.known), move(self.zero), lambda: move(self.value()), self.plain)
+        return Fact(move(self.known), move(self.zero), lambda: move(self.value()), self.plain, again=self.again)
 
     def with_rows(self, axis: int | None) -> Fact:
         """The same fact, with an axis along which the elements sum to one."""
-        return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis)
+        return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis, self.again)
 
     def __repr__(self) -> str:
         known, zero = int(self.known.sum()), int(self.zero.sum())

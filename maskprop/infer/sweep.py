@@ -174,11 +174,12 @@ class Inference:
         mask = self.masks.get(name)
         if mask is None and name.startswith("_activation_mask"):
             return Fact.of_value(as_double(tensor).cpu())
+        again = tensor.is_meta  # what is read from elsewhere may be too much to hold
         if mask is None:
-            return Fact.constant(tensor.ndim, lambda: tensor.detach().cpu())
+            return Fact.constant(tensor.ndim, lambda: self.graph.value(name).cpu(), again)
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
         true = torch.ones((1,) * tensor.ndim, dtype=torch.bool)
-        return Fact(true, squash(~keep.bool()), lambda: as_double(tensor).cpu() * keep)
+        return Fact(true, squash(~keep.bool()), lambda: as_double(self.graph.value(name)).cpu() * keep, again=again)
 
 
 def _none(meta: Any) -> Tensor:

@@ -57,22 +57,31 @@ def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None
                 f"the plan changes '{name}', which the model does not have. Build the architecture that the "
                 "plan was made from."
             ) from error
-        with torch.no_grad():
-            data = tensor.detach()
-            sliced = plan.slice(name, data) if name in plan.keep else data
-            if name in masks:
-                mask = _sliced_mask(plan, name, masks[name].to(data.device), data)
-                sliced = torch.where(mask.bool(), sliced, torch.zeros((), dtype=sliced.dtype, device=sliced.device))
-            for add in plan.add:
-                if add.name == name:
-                    sliced = _added(sliced, add.value, add.axis, add.at)
-        edits.set_data(tensor, sliced)
+        edits.set_data(tensor, compact_tensor(plan, name, tensor, masks))
     for name, value in plan.new_bias.items():
         module, key = owner_of(model, name)
         weight = module.weight
         assert isinstance(weight, Tensor)
         bias = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)
         edits.set_parameter(module, key, bias)
+
+
+def compact_tensor(plan: Plan, name: str, tensor: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """What becomes of one tensor of the model: sliced, masked, with its constants; detached.
+
+    Raises:
+        PlanError: the tensor has another shape than the plan was made for.
+    """
+    with torch.no_grad():
+        data = tensor.detach()
+        sliced = plan.slice(name, data) if name in plan.keep else data
+        if name in masks:
+            mask = _sliced_mask(plan, name, masks[name].to(data.device), data)
+            sliced = torch.where(mask.bool(), sliced, torch.zeros((), dtype=sliced.dtype, device=sliced.device))
+        for add in plan.add:
+            if add.name == name:
+                sliced = _added(sliced, add.value, add.axis, add.at)
+    return sliced
 
 
 def _sliced_mask(plan: Plan, name: str, mask: Tensor, tensor: Tensor) -> Tensor:

@@ -193,7 +193,8 @@ class Replay:
         """The value of a constant of ``forward``, read through ops that do not change it."""
         while node.target in _LAYOUT and node.all_input_nodes:
             node = node.all_input_nodes[0]
-        return self._constants.get(node) if "lifted" in node.meta else None
+        found = self._constants.get(node) if "lifted" in node.meta else None
+        return None if found is None or found.is_meta else found  # on the meta device shapes have to do
 
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, trace_partial
-from maskprop.rewrite.reference import reference_outputs, run_graph
+from maskprop.graph.trace import Inputs, frozen_state, trace
+from maskprop.rewrite.reference import Values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -62,29 +62,37 @@ def run_model(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
         return [(path, t.detach()) for path, t in tensors_in(model(*args, **kwargs))]
 
 
+def run_read(model: nn.Module, read: Values, inputs: Inputs) -> list[tuple[str, Tensor]]:
+    """Outputs, in evaluation mode, of a model on the meta device whose tensors are read as their ops come."""
+    graph = trace(model, inputs, "meta")
+    graph.read = read
+    outputs = outputs_of(graph, graph.value, [t for _, t in tensors_in(inputs)])
+    return list(zip(graph.output_paths, outputs, strict=True))
+
+
 class Reference:
     """Outputs of the masked model, computed before anything changes.
 
     Args:
         graph: of the dense model.
-        state: its tensors with the masks applied.
+        values: its tensors with the masks applied.
         batches: inputs to compare on.
     """
 
-    def __init__(self, graph: Graph, state: dict[str, Tensor], batches: Sequence[Inputs]) -> None:
+    def __init__(self, graph: Graph, values: Values, batches: Sequence[Inputs]) -> None:
         self.batches = list(batches)
         self.paths = graph.output_paths
-        self.outputs = [reference_outputs(graph, state, [t for _, t in tensors_in(b)]) for b in self.batches]
+        self.outputs = [outputs_of(graph, values, [t for _, t in tensors_in(b)]) for b in self.batches]
 
-    def compare(self, model: nn.Module) -> Check:
+    def compare(self, run: Callable[[Inputs], list[tuple[str, Tensor]]]) -> Check:
         """Run the compact model on every batch.
 
         Raises:
-            Exception: whatever the model's forward raises.
+            Exception: whatever ``run`` raises.
         """
         worst = Check("", 0.0, TOLERANCE[torch.float32])
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
-            got = run_model(model, batch)
+            got = run(batch)
             if len(got) != len(wanted):
                 return Check("the number of outputs", float("inf"), 0.0)
             for path, (_, actual), expected in zip(self.paths, got, wanted, strict=True):
@@ -115,19 +123,22 @@ class Reference:
         return found
 
 
-def first_difference(
-    graph: Graph, state: Mapping[str, Tensor], alignment: Alignment, model: nn.Module, inputs: Inputs
-) -> str:
-    """Where the compact model first departs from the masked one, in words; empty if that cannot be told."""
+def first_difference(graph: Graph, values: Values, alignment: Alignment, compact: Graph, inputs: Inputs) -> str:
+    """Where the compact model first departs from the masked one, in words; empty if that cannot be told.
+
+    Args:
+        graph: of the dense model.
+        values: its tensors with the masks applied.
+        alignment: what left.
+        compact: the graph of the compact model.
+        inputs: what both are run on.
+    """
     replay = Replay(graph, alignment)
-    compact, error, _ = trace_partial(model, inputs, graph.concrete)
-    if error is not None:
-        return ""
     tensors = [t for _, t in tensors_in(inputs)]
     wanted = set(replay.significant(replay.ops, dense=True))
     actual = set(replay.significant([n for n in compact.fx.nodes if is_op(n)], dense=False))
-    dense_values = ((n, v) for n, v in run_graph(graph, state, tensors) if n in wanted)
-    compact_values = ((n, v) for n, v in run_graph(compact, compact.state, tensors) if n in actual)
+    dense_values = ((n, v) for n, v in run_graph(graph, values, tensors) if n in wanted)
+    compact_values = ((n, v) for n, v in run_graph(compact, compact.value, tensors) if n in actual)
     for (node, expected), (other, got) in zip(dense_values, compact_values, strict=False):
         labels: Any = alignment.coupling.labels_of(node)
         if isinstance(expected, tuple) and isinstance(got, tuple):

@@ -394,7 +394,7 @@ def move_fact(fact: Fact, steps: Sequence[Step]) -> Fact:
     if fact.nothing:
         return Fact.unknown(len(steps[-1].dst) if steps else fact.known.ndim, rows)
     known = through(fact.known)
-    return Fact(known, through(fact.zero), lambda: through(fact.value()), fact.plain, rows)
+    return Fact(known, through(fact.zero), lambda: through(fact.value()), fact.plain, rows, fact.again)
 
 
 def _row_axis(step: Step, axis: int | None) -> int | None:
