@@ -165,6 +165,7 @@ class Report:
             ("generated forward", list(self.repair.generated)),
             ("replaced attention", self.repair.replaced),
             ("the user's modules", self.repair.taken),
+            ("nothing but a constant left", self.repair.removed),
         ):
             if paths:
                 parts.append(f"{what} in {_some(paths)}")

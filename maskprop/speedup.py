@@ -201,7 +201,7 @@ class ModelSpeedup:
         )
         try:
             self.alignment = self._rewrite(repair, alignment, reference)
-            if not self.plan.empty:
+            if not self.plan.empty or repair.removed:
                 edits.set_attribute(self.model, RECORD, new_record(self.model, before, self.plan))
         except BaseException:
             edits.rollback()
@@ -285,20 +285,24 @@ class ModelSpeedup:
         return reference
 
     def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
-        """Carry the alignment out and compare; without generated forwards where those turn out wrong."""
-        with self._stage("rewrite"):
-            done = repair.run(alignment)
-        problem = None if reference is None else self._compare(reference, repair.edits, done)
-        if problem is not None and repair.generated:
-            log.warning("%s Trying again without generated forwards.", problem)
-            repair.edits.rollback()
-            repair.may_generate = False
-            with self._stage("rewrite"):
-                done = repair.run(alignment)
-            problem = None if reference is None else self._compare(reference, repair.edits, done)
+        """Carry the alignment out and compare; with plainer means where the result turns out wrong."""
+        done, problem = self._attempt(repair, alignment, reference)
+        for switch, used in (("may_remove", repair.removed), ("may_generate", repair.generated)):
+            if problem is not None and used:
+                log.warning("%s Trying again with %s=False.", problem, switch)
+                repair.edits.rollback()
+                setattr(repair, switch, False)
+                done, problem = self._attempt(repair, alignment, reference)
         if problem is not None:
             raise problem
         return done
+
+    def _attempt(
+        self, repair: Repair, alignment: Alignment, reference: Reference | None
+    ) -> tuple[Alignment, VerifyError | None]:
+        with self._stage("rewrite"):
+            done = repair.run(alignment)
+        return done, None if reference is None else self._compare(reference, repair.edits, done)
 
     def _compare(self, reference: Reference, edits: Edits, alignment: Alignment) -> VerifyError | None:
         """What the comparison with the masked model says; without exact constants, a difference is no problem."""

@@ -64,6 +64,10 @@ class Edits:
         """Register a parameter where there was none (a bias)."""
         self._swap(module._parameters, name, value)
 
+    def drop_tensor(self, module: nn.Module, name: str) -> None:
+        """Leave ``None`` in the place of a parameter or buffer."""
+        self._swap(module._parameters if name in module._parameters else module._buffers, name, None)
+
     def set_module(self, path: str, module: nn.Module) -> None:
         """Put another module at ``path``, and wherever else the old one is registered."""
         old = self.model.get_submodule(path)
@@ -73,7 +77,7 @@ class Edits:
                     self._swap(parent._modules, key, module)
 
     def set_class(self, module: nn.Module, cls: type) -> None:
-        """Turn a module into a generated subclass of its class."""
+        """Turn a module into one of another class."""
         other = [cls]
 
         def toggle() -> None:

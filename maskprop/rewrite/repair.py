@@ -23,6 +23,7 @@ from maskprop.infer.coupling import Pin
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import CONFIGS, apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
+from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.replay import Mismatch, Replay
@@ -45,8 +46,10 @@ class Repair:
             constants, channel_multiple: see :func:`maskprop.align.align.align`.
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
         may_generate: whether forwards may be generated.
+        may_remove: whether layers of constant branches may lose their parameters.
         taken: paths that users' replacements took over.
         generated: paths of the modules that got a generated forward, with the reason.
+        removed: paths of layers that became constants.
         pinned: why units were kept after a solve.
     """
 
@@ -59,9 +62,11 @@ class Repair:
     channel_multiple: int = 1
     customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
     may_generate: bool = True
+    may_remove: bool = True
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
 
@@ -83,11 +88,13 @@ class Repair:
             masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
             apply_plan(self.edits, plan, masks)
             if alignment.plan.empty:
+                self.removed = self._remove_dead(alignment)
                 return alignment
             self.taken = taken
             self.replaced += replace_attention(self.edits, plan)
             mismatch = self._mend(alignment)
             if mismatch is None:
+                self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
@@ -106,6 +113,11 @@ class Repair:
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
         )
+
+    def _remove_dead(self, alignment: Alignment) -> list[str]:
+        if not self.may_remove or self.taken:
+            return []
+        return remove_dead(self.edits, self.graph, self.inference, alignment, self.inputs)
 
     def _blame_custom(self, mismatch: Mismatch) -> None:
         """Raises: ReplaceError: the difference comes out of a module that a user's replacement put there."""

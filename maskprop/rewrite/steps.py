@@ -20,6 +20,7 @@ from maskprop.align.plan import Plan
 from maskprop.errors import ArchitectureError, LoadError, PlanError
 from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
+from maskprop.rewrite.dead import Constant
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import build_class
 from maskprop.rewrite.vetting import names_in, vet
@@ -28,7 +29,10 @@ RECORD = "_maskprop_record"
 FORMAT = 1
 
 # Classes of maskprop's own that a module may be turned into.
-_CLASSES: dict[str, type[nn.Module]] = {"CompactMultiheadAttention": CompactMultiheadAttention}
+_CLASSES: dict[str, type[nn.Module]] = {
+    "CompactMultiheadAttention": CompactMultiheadAttention,
+    "Constant": Constant,
+}
 _INTERNAL = set(nn.Module().__dict__) | {RECORD}
 
 
@@ -41,6 +45,7 @@ class Snapshot:
         self.classes = {path: type(m) for path, m in self.modules.items()}
         self.attributes = {path: _attributes(m) for path, m in self.modules.items()}
         self.shapes = dict(_own_shapes(model))
+        self.tensors = {path: _tensors(m) for path, m in self.modules.items()}
         self.parameters = sum(p.numel() for p in model.parameters())
         self.bytes = count_bytes(model)
 
@@ -64,6 +69,7 @@ class Snapshot:
             change.cls = _describe_class(type(module))
             if change.cls is None:
                 change.obstacle = f"it was turned into a {type(module).__qualname__}"
+        change.dropped = sorted(self.tensors[path] - _tensors(module))
         before = self.attributes[path]
         for name, value in _attributes(module).items():
             old = before.get(name, _ABSENT)
@@ -83,11 +89,13 @@ class ModuleChange:
     Attributes:
         attributes: old and new value by name.
         cls: the class it was turned into, as data.
+        dropped: its parameters and buffers that are gone.
         obstacle: why the change cannot be written down, if so.
     """
 
     attributes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     cls: dict[str, Any] | None = None
+    dropped: list[str] = field(default_factory=list)
     obstacle: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +103,7 @@ class ModuleChange:
         return {
             "attributes": {name: [_encode(old), _encode(new)] for name, (old, new) in self.attributes.items()},
             **({"class": self.cls} if self.cls else {}),
+            **({"dropped": self.dropped} if self.dropped else {}),
             **({"obstacle": self.obstacle} if self.obstacle else {}),
         }
 
@@ -198,6 +207,8 @@ def _apply_step(edits: Edits, step: dict[str, Any], trust_code: bool) -> None:
             edits.set_class(module, _build_class(module, path, change["class"], trust_code))
         for name, (_, new) in change["attributes"].items():
             edits.set_attribute(module, name, _decode(new))
+        for name in change.get("dropped", []):
+            edits.drop_tensor(module, name)
 
 
 def sub_record(record: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -275,6 +286,10 @@ _ABSENT = _Absent()
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+
+
+def _tensors(module: nn.Module) -> set[str]:
+    return {n for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
 
 
 def _own_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:

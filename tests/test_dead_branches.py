@@ -1,0 +1,209 @@
+"""A branch whose last layer is masked whole leaves with all its parameters; the model's own forward stays."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import maskprop
+from benchmarks.zoo.randomise import randomise
+from maskprop import ModelSpeedup
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 8, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, 12, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += F.max_pool2d(x, 1, self.stride)
+        return F.relu_(out)
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Residual(), Residual(stride=2), Residual())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class PreNorm(nn.Module):
+    """Attention and MLP, each a branch of its own."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def convolutional() -> nn.Module:
+    return randomise(Convolutional().eval(), (torch.randn(2, 3, 8, 8),))
+
+
+def transformer() -> nn.Module:
+    return randomise(nn.Sequential(PreNorm(), PreNorm(), nn.Linear(16, 3)).eval(), (torch.randn(2, 5, 16),))
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            found.get_parameter(name).mul_(mask)
+    return found
+
+
+def whole(model: nn.Module, *names: str) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+
+
+def check_equal(compact: nn.Module, reference: nn.Module, *shapes: tuple[int, ...]) -> None:
+    for shape in shapes:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            want = reference(x)
+            assert float((compact(x) - want).norm() / want.norm()) <= 1e-5
+
+
+IMAGES = ((1, 3, 8, 8), (3, 3, 10, 12))
+TOKENS = ((1, 5, 16), (3, 7, 16))
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_residual_branch_of_convolutions(block: int) -> None:
+    model = convolutional()
+    masks = whole(model, f"blocks.{block}.conv2.weight")
+    reference, before = masked(model, masks), count(model)
+    ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
+    check_equal(model, reference, *IMAGES)
+    # two convolutions and the inner norm, and the weight of the outer norm, whose bias is the constant
+    assert before - count(model) == 2 * 8 * 12 * 9 + 2 * 12 + 8
+    assert type(model.blocks[block]) is Residual
+    assert set(model.state_dict()) < set(reference.state_dict())
+
+
+def test_a_branch_of_zeros_leaves_nothing() -> None:
+    model = convolutional()
+    masks = whole(model, "blocks.0.bn2.weight", "blocks.0.bn2.bias")
+    reference, before = masked(model, masks), count(model)
+    ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
+    check_equal(model, reference, *IMAGES)
+    assert before - count(model) == 2 * 8 * 12 * 9 + 2 * 12 + 2 * 8
+    assert not list(model.blocks[0].parameters())
+
+
+def test_attention_and_mlp_branches() -> None:
+    model = transformer()
+    masks = whole(model, "0.proj.weight", "1.fc2.weight", "1.fc2.bias")
+    reference, before = masked(model, masks), count(model)
+    speedup = ModelSpeedup(model, torch.randn(2, 5, 16), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, *TOKENS)
+    attention = 2 * 16 + (16 + 1) * 48 + 16 * 16  # the projection's bias stays
+    mlp = 2 * 16 + (16 + 1) * 32 + (32 + 1) * 16
+    assert before - count(model) == attention + mlp
+    assert set(speedup.report.repair.removed) == {
+        *("0.norm1", "0.qkv", "0.proj"),
+        *("1.norm2", "1.fc1", "1.fc2"),
+    }
+
+
+def test_beside_ordinary_pruning() -> None:
+    """Other masks narrow what the constant is added to."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Residual(), nn.Conv2d(8, 4, 3)).eval()
+    model = randomise(model, (torch.randn(2, 3, 8, 8),))
+    rows = torch.ones(8)
+    rows[[1, 4, 6]] = 0
+    masks = whole(model, "1.conv2.weight")
+    for name in ("0.weight", "0.bias", "1.bn2.weight", "1.bn2.bias"):
+        shape = model.get_parameter(name).shape
+        masks[name] = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    reference = masked(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
+    check_equal(model, reference, (1, 3, 8, 8), (3, 3, 9, 7))
+    assert count(model) == (3 * 9 + 1) * 5 + 5 + (5 * 9 + 1) * 4
+
+
+def test_a_layer_whose_weight_others_read_stays() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc3(x + self.fc2(F.relu(self.fc1(x)))) + self.fc1.weight.sum()
+
+    model = randomise(Reads().eval(), (torch.randn(2, 6),))
+    masks = whole(model, "fc2.weight")
+    reference = masked(model, masks)
+    ModelSpeedup(model, torch.randn(2, 6), masks).speedup_model()
+    check_equal(model, reference, (1, 6), (3, 6))
+    assert model.fc1.weight.shape == (6, 6)
+
+
+def test_a_forward_that_looks_at_what_would_leave_is_left_alone() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc3(x + self.fc2(F.relu(self.fc1(x.to(self.fc1.weight.dtype)))))
+
+    model = randomise(Looks().eval(), (torch.randn(2, 6),))
+    masks = whole(model, "fc2.weight")
+    reference = masked(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 6), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (1, 6), (3, 6))
+    assert speedup.report.repair.removed == []
+    assert model.fc1.weight.shape == (1, 6)
+
+
+def test_the_result_lives_on(tmp_path: Path) -> None:
+    """It trains, copies, compiles to a graph, stores and loads, and a second run finds nothing."""
+    model = transformer()
+    masks = whole(model, "0.proj.weight", "1.fc2.weight")
+    reference = masked(model, masks)
+    x = torch.randn(2, 5, 16)
+    ModelSpeedup(model, x, masks).speedup_model()
+    check_equal(copy.deepcopy(model), reference, *TOKENS)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    check_equal(program.module(), reference, (3, 5, 16))
+    maskprop.save(model, tmp_path / "saved")
+    loaded = maskprop.load(tmp_path / "saved", transformer)
+    y = torch.randn(3, 7, 16)
+    assert torch.equal(loaded.eval()(y), model(y))
+    before = count(model)
+    again = ModelSpeedup(model, x, {name: torch.ones_like(p) for name, p in model.named_parameters()})
+    again.speedup_model()
+    assert count(model) == before
+    model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
