@@ -349,3 +349,19 @@ def test_the_input_forms_mean_the_same() -> None:
         with torch.no_grad():
             assert relative_error(call(model, form), call(masked("bert"), form)) <= TOLERANCE
     assert all(other == shapes[0] for other in shapes)
+
+
+def test_one_tensor_given_twice_stays_one() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc2(torch.relu(self.fc1(query))), query - 2 * key
+
+    model, x = Two(), torch.randn(2, 6)
+    rows = torch.ones(8)
+    rows[:3] = 0
+    ModelSpeedup(model, (x, x), {"fc2.weight": rows.expand(3, 8)}).speedup_model()
+    assert model.fc1.out_features == 5

@@ -203,7 +203,11 @@ class Repair:
         if mismatch.path in self.generated or not self.may_generate:
             return mismatch
         kind = type(self.edits.model.get_submodule(mismatch.path))
-        paths = [p for p, m in self.edits.model.named_modules() if type(m) is kind and p not in self.generated]
+        paths = [
+            path
+            for path, module in self.edits.model.named_modules()
+            if type(module) is kind and path not in self.generated and _changes(replay, path)
+        ]
         mark = self.edits.mark()
         done = generate_forwards(self.edits, self.graph, replay, paths, self.inputs)
         self._failed = set(paths) - set(done) if done else set()
@@ -298,6 +302,12 @@ def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
             if size.old != size.new and (size.old, size.new) not in seen:
                 seen.add((size.old, size.new))
                 yield size
+
+
+def _changes(replay: Replay, path: str) -> bool:
+    """Whether any op that a module itself makes has another size in the compact model."""
+    sizes = (size for i, node in enumerate(replay.ops_of(path)) for size in _sizes(replay, node, path, i))
+    return any(size.old != size.new for size in sizes)
 
 
 def _sizes(replay: Replay, node: fx.Node, path: str, position: int) -> Iterator[_Size]:

@@ -51,7 +51,8 @@ def fresh_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
         low, high = int(t.min()), int(t.max())
         return torch.randint(low, high + 1, t.shape, generator=generator).to(t)
 
-    found: Inputs = map_tensors(inputs, fresh)
+    made: dict[int, Tensor] = {}  # a tensor that is given twice stays one: the graph reads it in one place
+    found: Inputs = map_tensors(inputs, lambda t: made[id(t)] if id(t) in made else made.setdefault(id(t), fresh(t)))
     return found
 
 
