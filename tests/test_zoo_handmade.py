@@ -76,9 +76,8 @@ NOTHING_LEAVES = {
         *("padded_shortcut/zeros", "padded_shortcut/constants", "padded_shortcut/conflicts"),
     ),
     "the masked axes meet no whole unit": ("raw_parameters/conflicts",),
-    # Gaps of the engine, not of the models: it keeps the axis that an RMS norm takes the mean over, and channels whose
-    # constant a padding with another number turns into different maps.
-    "the engine cannot do it yet": ("rms_norm/zeros", "pad_constant/constants", "pad_constant/conflicts"),
+    # A gap of the engine: it keeps channels whose constant a padding with another number turns into different maps.
+    "the engine cannot do it yet": ("pad_constant/constants", "pad_constant/conflicts"),
 }
 KEPT = {case for cases in NOTHING_LEAVES.values() for case in cases}
 

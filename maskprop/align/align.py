@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from maskprop.align.constants import fold_constants
+from maskprop.align.constants import fold_constants, rescale_means
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiple_of, never_empty, regularity
@@ -19,12 +19,17 @@ from maskprop.infer.sweep import Inference
 
 @dataclass
 class Alignment:
-    """The plan and what it was made from."""
+    """The plan and what it was made from.
+
+    Attributes:
+        numbers: numbers among the ops' arguments that change: by op, the position and the new number.
+    """
 
     coupling: Coupling
     solution: Solution
     plan: Plan
     states: dict[str, fx.Node]
+    numbers: dict[fx.Node, tuple[int, float]] = field(default_factory=dict)
 
     def expected_shape(self, node: fx.Node, index: int | None = None) -> tuple[int, ...]:
         """The shape that a recorded value has in the compact model."""
@@ -83,7 +88,7 @@ def align(
             plan.shapes[name] = shape_of(node)
             plan.keep[name] = keeps
     fold_constants(plan, c, s)
-    return Alignment(c, s, plan, states)
+    return Alignment(c, s, plan, states, rescale_means(plan, c, s))
 
 
 def _keeps(labels: Labels, s: Solution) -> list[Keep]:

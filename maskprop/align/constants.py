@@ -1,4 +1,4 @@
-"""What removed constant units leave behind, in float64 from the full-size masked weights.
+"""What removed units leave behind, in float64 from the full-size masked weights.
 
 * bias: ``y = W x + b`` with ``x_k = v`` for every input becomes ``W' x' + (b + W[:, k] v)``;
 * carrier: one constant unit ``c`` stays and stands for all, ``W[:, c] += W[:, k] v_k / v_c``; exact at padded
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from maskprop.align.plan import Add, Plan
 from maskprop.align.solve import Solution
@@ -128,3 +128,33 @@ def _kept_outputs(op: Op, c: Coupling, s: Solution) -> Tensor:
     if labels is None:
         return torch.arange(count)
     return torch.from_numpy(np.flatnonzero(~s.leaves(labels.reshape(-1))))
+
+
+def rescale_means(plan: Plan, c: Coupling, s: Solution) -> dict[fx.Node, tuple[int, float]]:
+    """Make up for the number of units that left a mean.
+
+    Returns:
+        Numbers that ops add to such a mean: by op, the position among its arguments and the new number.
+    """
+    numbers: dict[fx.Node, tuple[int, float]] = {}
+    for rescale in c.rescales:
+        leaves = s.leaves(rescale.labels)
+        if not leaves.any():
+            continue
+        place, factor = rescale.place, len(leaves) / int((~leaves).sum())
+        for node, position in place.numbers:
+            numbers[node] = position, number_at(node, position) * factor
+        weight: Tensor = c.facts[place.weight].value()
+        weight = weight.expand(len(leaves))[torch.from_numpy(~leaves)]
+        name = str(place.weight.target)
+        plan.add.append(Add(name, (place.offset + weight) * (factor**place.power - 1)))
+    return numbers
+
+
+def number_at(node: fx.Node, position: int) -> float:
+    """A number among an op's arguments; ``None`` stands for the epsilon of the type that it computes in."""
+    value = node.args[position] if position < len(node.args) else None
+    if value is None:
+        dtype = node.all_input_nodes[0].meta["tensor"].dtype
+        return float(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
+    return float(str(value))

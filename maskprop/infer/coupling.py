@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from maskprop.graph.graph import shape_of
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
+from maskprop.infer.places import ScalePlace
 
 Labels = list["Tensor | None"]
 
@@ -68,6 +69,22 @@ class Contraction:
     groups: int = 1
 
 
+@dataclass(frozen=True)
+class Rescale:
+    """A mean of squares over ``labels`` whose removed units are zeros, and what makes up for their number.
+
+    With C units kept as C', the mean grows by ``C / C'``. What is added to it (``eps``) grows alike, and the weight
+    that the normalised value meets takes the rest.
+
+    Attributes:
+        labels: of the axis, 1-D.
+        place: what takes the factor.
+    """
+
+    labels: Tensor
+    place: ScalePlace
+
+
 @dataclass
 class Coupling:
     """Collects relations while the graph is walked.
@@ -75,6 +92,7 @@ class Coupling:
     Attributes:
         size: number of labels so far.
         edges: pairs of label arrays that are equal.
+        rescales: means over axes that may shrink.
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
         nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
@@ -87,6 +105,7 @@ class Coupling:
     pins: list[Pin] = field(default_factory=list)
     regulars: list[Regular] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    rescales: list[Rescale] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     nonempty: list[Tensor] = field(default_factory=list)
     node: str = ""
@@ -126,6 +145,23 @@ class Coupling:
             self.equal(own[axis], labels)
 
     # -- what a rule may state ------------------------------------------------------------------
+
+    def mean_of_squares(self, labels: Tensor | None, live: Tensor, place: ScalePlace | None) -> bool:
+        """Zeros (what is not ``live``) may leave a mean over ``labels`` if ``place`` makes up for their number.
+
+        Returns:
+            Whether they may: the labels are pinned otherwise.
+        """
+        if labels is None:
+            return False
+        if place is None or labels.numel() != max(labels.shape):
+            self.pin(labels, "is averaged over")
+            return False
+        self.read.append(labels)
+        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        self.pin(labels.expand(shape)[live.expand(shape)], "is averaged here", live=True)
+        self.rescales.append(Rescale(labels.reshape(-1), place))
+        return True
 
     def fresh(self, shape: Sequence[int]) -> Tensor:
         """New labels, one an element."""

@@ -104,3 +104,74 @@ def _new_bias(node: fx.Node, op: Op) -> BiasPlace | None:
     ):
         return None
     return BiasPlace("new_bias", f"{path}.bias".lstrip("."))
+
+
+@dataclass(frozen=True)
+class ScalePlace:
+    """What makes up for a mean that grew by a factor f.
+
+    Attributes:
+        numbers: ops that add a number to the mean, and the number's position: it grows by f too.
+        weight: the parameter w that the result meets in a product.
+        offset: the product is by ``offset + w``.
+        power: of f, that ``offset + w`` takes.
+    """
+
+    numbers: tuple[tuple[fx.Node, int], ...]
+    weight: fx.Node
+    offset: float
+    power: float
+
+
+_POWERS = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1.0}
+_ADDS = (aten.add.Tensor, aten.add.Scalar)
+_SAME_DEGREE = {
+    aten._to_copy.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default,
+    aten.clone.default, *_VIEWS,
+}  # fmt: skip
+
+
+def scale_place(node: fx.Node) -> ScalePlace | None:
+    """Follow a mean of squares to the weight of its RMS norm (Zhang & Sennrich, 2019); ``None`` if it ends elsewhere.
+
+    Every value on the way is a power of the factor f times what it was: ``mean + eps`` is ``f * (mean + eps / f)``,
+    ``rsqrt`` makes ``f`` to ``f**-0.5``, a product takes it along, and the weight takes what is left.
+    """
+    numbers: list[tuple[fx.Node, int]] = []
+    power = 1.0
+    while True:
+        user = _sole_user(node)
+        if user is None or user.op != "call_function":
+            return None
+        target, args = user.target, user.args
+        other = next((a for a in args[:2] if a is not node), None)
+        if target in _POWERS:
+            power *= _POWERS[target]
+        elif target is aten.pow.Tensor_Scalar and isinstance(other, (int, float)):
+            power *= other
+        elif target in _ADDS and isinstance(other, (int, float)) and power == 1.0 and not user.kwargs:
+            numbers.append((user, args.index(other)))
+        elif target is aten.mul.Tensor and isinstance(other, fx.Node):
+            weight = _scaled_weight(other)
+            if weight is not None:
+                return ScalePlace(tuple(numbers), *weight, -power)
+        elif target is aten.div.Tensor and isinstance(other, fx.Node):
+            power = power if args[0] is node else -power
+        elif target not in _SAME_DEGREE:
+            return None
+        node = user
+
+
+def _scaled_weight(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """A parameter that only this product reads, and the number that is added to it first."""
+    offset = 0.0
+    while node.op == "call_function" and len(node.users) == 1:
+        if node.target in _ADDS and not node.kwargs and offset == 0.0:
+            numbers = [a for a in node.args if isinstance(a, (int, float))]
+            if len(numbers) != 1:
+                return None
+            offset = float(numbers[0])
+        elif node.target not in (aten._to_copy.default, aten.alias.default):
+            return None
+        (node,) = node.all_input_nodes
+    return (node, offset) if node.op == "get_attr" and len(node.users) == 1 and len(shape_of(node)) == 1 else None

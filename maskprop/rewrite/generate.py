@@ -313,7 +313,7 @@ class _Generator:
             equal = len(set(sizes)) == 1
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
         else:
-            scalars = [a for a in want.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+            scalars = self.replay.numbers(want)
             numbers = [
                 i
                 for i, a in enumerate(node.args)

@@ -8,6 +8,7 @@ forward for the module; pin the units of that op and solve again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
+from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import ReplaceError, RewriteError
 from maskprop.graph.graph import Graph, is_op
@@ -166,12 +168,13 @@ class Repair:
         """Attributes of the module at fault and its ancestors that equal a size which changed."""
         if mismatch.op is None:
             return
-        seen: set[tuple[str, str, int]] = set()
+        seen: set[tuple[str, str, float]] = set()
         for path in _lineage(mismatch.path):
             module = self.edits.model.get_submodule(path)
-            for size in _changed_sizes(replay, mismatch):
+            sizes: list[_Size | _Number] = [*_changed_number(replay, mismatch), *_changed_sizes(replay, mismatch)]
+            for size in sizes:
                 for name, value in _attributes(module):
-                    new = _replaced(value, size.old, size.new)
+                    new = _replaced(name, value, size.old, size.new)
                     if new is not None and not name.startswith("__") and (path, name, size.new) not in seen:
                         seen.add((path, name, size.new))
                         yield _Candidate(path, name, value, new, size)
@@ -193,7 +196,7 @@ class Repair:
                 continue
             size = candidate.size.at(replay, path + below if path else below.lstrip("."))
             if size is not None and size.old != size.new:
-                new = _replaced(candidate.old, size.old, size.new)
+                new = _replaced(candidate.attribute, candidate.old, size.old, size.new)
                 if new is not None:
                     changes.append(AttributeChange(path, candidate.attribute, candidate.old, new))
         return changes
@@ -281,12 +284,39 @@ class _Size:
 
 
 @dataclass(frozen=True)
+class _Number:
+    """A number among the arguments of a module's ``position``-th op."""
+
+    path: str
+    position: int
+    old: float
+    new: float
+
+    def at(self, replay: Replay, path: str) -> _Number | None:
+        """The same number in another module."""
+        ops = replay.ops_of(path)
+        found = replay.alignment.numbers.get(ops[self.position]) if self.position < len(ops) else None
+        if found is None:
+            return None
+        return _Number(path, self.position, number_at(ops[self.position], found[0]), found[1])
+
+
+@dataclass(frozen=True)
 class _Candidate:
     path: str
     attribute: str
     old: Any
     new: Any
-    size: _Size
+    size: _Size | _Number
+
+
+def _changed_number(replay: Replay, mismatch: Mismatch) -> Iterator[_Number]:
+    """The number that the op at fault adds, if the plan changes it."""
+    node = mismatch.op
+    position = None if node is None else replay.position(node)
+    if node is not None and position is not None and node in replay.alignment.numbers:
+        at, new = replay.alignment.numbers[node]
+        yield _Number(str(node.meta["path"]), position, number_at(node, at), new)
 
 
 def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
@@ -327,12 +357,16 @@ def _metas(node: fx.Node) -> list[tuple[int, ...] | None]:
     return [None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,))]
 
 
-def _replaced(value: Any, old: int, new: int) -> Any:
+def _replaced(name: str, value: Any, old: float, new: float) -> Any:
     """The attribute's value with the old size replaced, or ``None`` if it does not hold it."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, (int, float)):
-        return type(value)(new) if value == old else None
+    if isinstance(value, int):
+        return int(new) if value == old else None
+    if isinstance(value, float):  # kernels round numbers to the tensor's type
+        return value * (new / old) if old and math.isclose(value, old, rel_tol=1e-6) else None
+    if value is None:
+        return new if isinstance(new, float) and name == "eps" else None
     if (
         isinstance(value, (tuple, list))
         and type(value) in (tuple, list)

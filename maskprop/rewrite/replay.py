@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment
+from maskprop.align.constants import number_at
 from maskprop.graph.graph import Graph, TensorMeta, is_op
 from maskprop.graph.trace import Inputs, trace_partial
 
@@ -183,11 +184,24 @@ class Replay:
             left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not torch.equal(left, right):
                 return left, right
-        if torch.Tag.pointwise in want.target.tags:  # type: ignore[union-attr]
-            for x, y in zip(_scalars(want), _scalars(got), strict=False):
-                if abs(x - y) > 1e-9 * max(abs(x), abs(y)):
+        if torch.Tag.pointwise in want.target.tags or want in self.alignment.numbers:  # type: ignore[union-attr]
+            for x, y in zip(self.numbers(want), self.numbers(got), strict=False):
+                if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
                     return x, y
         return None
+
+    def numbers(self, node: fx.Node) -> list[float]:
+        """The numbers among an op's arguments, as the plan wants them."""
+        position, planned = self.alignment.numbers.get(node, (-1, 0.0))
+        found = []
+        for i, arg in enumerate(node.args):
+            if i == position:
+                found.append(planned)
+            elif isinstance(arg, (int, float)) and not isinstance(arg, bool):
+                found.append(arg)
+            elif arg is None and node.target is aten._fused_rms_norm.default:
+                found.append(number_at(node, i))
+        return found
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         """The value of a constant of ``forward``, read through ops that do not change it."""
@@ -206,9 +220,3 @@ def _in_shape(node: fx.Node) -> tuple[int, ...] | None:
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     meta = None if source is None else source.meta["tensor"]
     return meta.shape if isinstance(meta, TensorMeta) else None
-
-
-def _scalars(node: fx.Node) -> Iterator[float]:
-    for arg in node.args:
-        if isinstance(arg, (int, float)) and not isinstance(arg, bool):
-            yield arg

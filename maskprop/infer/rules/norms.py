@@ -15,6 +15,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, any_over, lead, reduce_to
 from maskprop.infer.op import Op
+from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
@@ -149,7 +150,7 @@ def _statistics(op: Op) -> tuple[Fact, ...]:
     return tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
 
 
-@register(aten.native_layer_norm.default, aten._fused_rms_norm.default)
+@register(aten.native_layer_norm.default)
 class LayerNorm(Rule):
     """Statistics over the last axes, all of whose units stay."""
 
@@ -180,6 +181,39 @@ class LayerNorm(Rule):
                 c.pin(other[i], "is normalised over")
         out = [c.uniform(a, [d for d in axes if d != axis]) for axis, a in enumerate(out)]
         return tuple(list(out) for _ in op.results)
+
+
+@register(aten._fused_rms_norm.default)
+class RMSNorm(LayerNorm):
+    """``x / sqrt(mean(x**2) + eps) * weight``.
+
+    Zero stays zero, and zeros may leave: with C units kept as C', ``eps`` times ``C / C'`` and the weight times
+    ``sqrt(C / C')`` give the same.
+    """
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        found = super().known(op, facts)
+        zero = facts[0].zero
+        if facts[0].total or not isinstance(found, tuple) or not bool(zero.any()):
+            return found
+        return Fact.zeros(zero | found[0].known), *found[1:]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        place, weight = self._place(op), op.arg("weight")
+        if place is None or not c.mean_of_squares(labels[0][-1], ~c.facts_of(op)[0].zero, place):
+            return super().couple(op, labels, c)
+        out = [a if i == len(labels[0]) - 1 else c.uniform(a, [len(labels[0]) - 1]) for i, a in enumerate(labels[0])]
+        own = moved(out[-1], lambda a: a.reshape(-1))
+        out[-1] = moved(c.equal(own, c.labels_of(weight)[0]), lambda a: lead(a, len(out)))
+        return out, [*out[:-1], None]
+
+    def _place(self, op: Op) -> ScalePlace | None:
+        weight = op.arg("weight")
+        if len(self._axes(op)) != 1 or not isinstance(weight, torch.fx.Node):
+            return None
+        if weight.op != "get_attr" or len(weight.users) != 1:
+            return None
+        return ScalePlace(((op.node, 3),), weight, 0.0, 0.5)
 
 
 @register(aten._softmax.default, aten._safe_softmax.default, aten._log_softmax.default)

@@ -1,7 +1,8 @@
 """Reductions over axes.
 
 Algebra: what is uniform along the reduced axes reduces to a known number. A sum or a norm does not see a known
-zero, so such units may leave; a mean divides by their number and an extremum compares with them, so they stay.
+zero, so such units may leave; an extremum compares with them, so they stay. A mean divides by their number: they may
+leave where the factor can be made up for (the mean of squares in an RMS norm).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from maskprop.graph.graph import TensorMeta
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
 from maskprop.infer.op import Op
+from maskprop.infer.places import scale_place
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten
@@ -84,6 +86,8 @@ class Reduction(Rule):
         for d in dims:
             if _ignores_zeros(op):
                 self._terminate(op, labels[0][d], c)
+            elif op.target is aten.mean.dim and len(dims) == 1 and labels[0][d] is not None:
+                c.mean_of_squares(labels[0][d], ~c.facts_of(op)[0].zero, scale_place(op.node))
             else:
                 c.pin(labels[0][d], "is reduced over here")
         passing = [None if i in dims else c.uniform(a, dims) for i, a in enumerate(labels[0])]

@@ -1,0 +1,155 @@
+"""Zeros leave an RMS norm: eps and the weight make up for the number of units that the mean is over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.randomise import randomise
+from maskprop import ModelSpeedup
+
+ROWS = torch.ones(16)
+ROWS[[0, 3, 4, 5, 9, 15]] = 0
+
+
+class Written(nn.Module):
+    """An RMS norm by hand, eps in an attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon)).to(x.dtype)
+
+
+class Literal(Written):
+    """Eps in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(dim=-1, keepdim=True) + 0.25).sqrt() * self.weight
+
+
+class OnePlus(Written):
+    """The weight is a difference from one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return y * (1.0 + self.weight.float())
+
+
+class Bare(Written):
+    """No weight of its own in the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class Net(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(6, 16), norm, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(torch.relu(self.fc1(x))))
+
+
+class Twice(Net):
+    """Both calls would need the factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(self.norm(torch.relu(self.fc1(x)))))
+
+
+class Stream(nn.Module):
+    """A residual stream between norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.norms = nn.ModuleList(nn.RMSNorm(16, eps=0.1) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(16, 24) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(24, 16) for _ in range(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=False):
+            x = x + down(torch.relu(up(norm(x))))
+        return self.head(self.norms[2](x))
+
+
+def compacted(
+    model: nn.Module, names: tuple[str, ...] = ("fc1.weight", "fc1.bias"), tolerance: float = 1e-5
+) -> nn.Module:
+    model = randomise(model.eval(), (torch.randn(4, 6, dtype=next(model.parameters()).dtype),))
+    masks = {}
+    for name in names:
+        shape = model.get_parameter(name).shape
+        masks[name] = ROWS.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            reference.get_parameter(name).mul_(mask)
+    dtype = model.get_parameter(names[0]).dtype
+    ModelSpeedup(model, torch.randn(2, 6, dtype=dtype), masks).speedup_model()
+    for batch in (1, 5):
+        x = torch.randn(batch, 6, dtype=dtype)
+        with torch.no_grad():
+            want = reference(x)
+            assert float((model(x) - want).norm() / want.norm()) <= tolerance
+    return model
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.RMSNorm(16, eps=0.2),
+        lambda: nn.RMSNorm(16),
+        lambda: Written(16),
+        lambda: Literal(16),
+        lambda: OnePlus(16),
+    ],
+    ids=["nn", "nn without eps", "attribute", "literal", "one plus weight"],
+)
+def test_zeros_leave(norm: Callable[[], nn.Module]) -> None:
+    model = compacted(Net(norm()))
+    assert model.fc1.out_features == model.fc2.in_features == 10
+    assert model.norm.weight.shape == (10,)
+
+
+def test_eps_follows_the_mean() -> None:
+    model = compacted(Net(nn.RMSNorm(16, eps=0.2)).double(), tolerance=1e-12)
+    assert model.norm.eps == pytest.approx(0.2 * 16 / 10, rel=1e-12)
+    assert model.norm.normalized_shape == (10,)
+
+
+def test_a_residual_stream() -> None:
+    names = ("embed.weight", "embed.bias", *(f"down.{i}.{k}" for i in range(2) for k in ("weight", "bias")))
+    model = compacted(Stream(), names)
+    assert model.head.in_features == 10
+    assert [n.eps for n in model.norms] == pytest.approx([0.16] * 3)
+    again = sum(p.numel() for p in model.parameters())
+    ModelSpeedup(model, torch.randn(2, 6), {n: torch.ones_like(p) for n, p in model.named_parameters()}).speedup_model()
+    assert sum(p.numel() for p in model.parameters()) == again
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: Net(Bare(16)), lambda: Twice(Written(16)), lambda: Net(nn.RMSNorm(16, elementwise_affine=False))],
+    ids=["no weight", "two calls", "not affine"],
+)
+def test_what_has_no_place_for_the_factor_stays(model: Callable[[], nn.Module]) -> None:
+    assert compacted(model()).fc1.out_features == 16
+
+
+def test_constants_stay() -> None:
+    """A unit that is constant counts in the mean, unless the activation makes it zero."""
+    norm = nn.RMSNorm(16)
+    norm.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    assert compacted(Net(norm), ("fc1.weight", "fc1.bias")).fc2.in_features == 16
