@@ -7,6 +7,7 @@ together or not at all.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -211,7 +212,8 @@ class RMSNorm(LayerNorm):
         weight = op.arg("weight")
         if len(self._axes(op)) != 1 or not isinstance(weight, torch.fx.Node):
             return None
-        if weight.op != "get_attr" or len(weight.users) != 1:
+        statistics = any(u.target is not operator.getitem or u.args[1] != 0 for u in op.node.users)
+        if weight.op != "get_attr" or len(weight.users) != 1 or statistics:
             return None
         return ScalePlace(((op.node, 3),), weight, 0.0, 0.5)
 
