@@ -124,6 +124,8 @@ def _count(kept: list[Bools | None], axis: int) -> int:
     assert mask is not None
     if not mask.size:
         return 0
+    if mask.size == mask.shape[axis] and all(o is None or o.any() for o in kept):  # not ragged
+        return int(np.count_nonzero(mask))
     others = np.ones((1,) * mask.ndim, dtype=bool)
     for i, other in enumerate(kept):
         if i != axis and other is not None:

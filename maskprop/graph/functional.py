@@ -8,6 +8,7 @@ pure ops only, and ``x[:, :k] = y`` reads as ``slice_scatter``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from maskprop.errors import UnsupportedOpError
 from maskprop.graph.graph import shape_of, where
 
 aten = torch.ops.aten
-Emit = Callable[..., fx.Node]
+Emit = Callable[[Any, Any, Any, Any], fx.Node]  # of a target, arguments, keyword arguments and what it makes
 
 
 @dataclass(eq=False)
@@ -41,8 +42,11 @@ class Value:
             if self.seen != self.parent.version:
                 self.seen = self.parent.version
                 self.version += 1
-                node = emit(self.view.target, (source, *self.view.args[1:]), self.view.kwargs)
-                self.node = node if self.index is None else emit(None, (node, self.index), {})
+                meta = self.view.meta["tensor"]
+                node = emit(self.view.target, (source, *self.view.args[1:]), self.view.kwargs, meta)
+                self.node = (
+                    node if self.index is None else emit(operator.getitem, (node, self.index), {}, meta[self.index])
+                )
         return self.node
 
     def write(self, node: fx.Node, emit: Emit) -> None:
@@ -82,24 +86,24 @@ def _scatter(base: fx.Node, node: fx.Node, view: fx.Node, index: int | None, emi
     """The value of ``base`` after ``node`` was written through ``view`` of it."""
     op, args = view.target, list(view.args[1:])
     kwargs = dict(view.kwargs)
-    shape = shape_of(base)
+    shape, meta = shape_of(base), base.meta["tensor"]
 
     def arg(position: int, name: str, default: Any) -> Any:
         return args[position] if len(args) > position else kwargs.get(name, default)
 
     if op is aten.slice.Tensor:
-        return emit(aten.slice_scatter.default, (base, node, *args), kwargs)
+        return emit(aten.slice_scatter.default, (base, node, *args), kwargs, meta)
     if op is aten.select.int:
-        return emit(aten.select_scatter.default, (base, node, *args), kwargs)
+        return emit(aten.select_scatter.default, (base, node, *args), kwargs, meta)
     if op is aten.unbind.int:
-        return emit(aten.select_scatter.default, (base, node, arg(0, "dim", 0), index), {})
+        return emit(aten.select_scatter.default, (base, node, arg(0, "dim", 0), index), {}, meta)
     if op in (aten.split.Tensor, aten.split_with_sizes.default):
         assert index is not None
         dim, size = arg(1, "dim", 0), arg(0, "split_size", None)
         start = index * size if isinstance(size, int) else sum(size[:index])
-        return emit(aten.slice_scatter.default, (base, node, dim, start, start + shape_of(node)[dim]), {})
+        return emit(aten.slice_scatter.default, (base, node, dim, start, start + shape_of(node)[dim]), {}, meta)
     if op is aten.diagonal.default:
-        return emit(aten.diagonal_scatter.default, (base, node, *args), kwargs)
+        return emit(aten.diagonal_scatter.default, (base, node, *args), kwargs, meta)
     if op in (
         aten.view.default,
         aten._unsafe_view.default,
@@ -108,12 +112,12 @@ def _scatter(base: fx.Node, node: fx.Node, view: fx.Node, index: int | None, emi
         aten.squeeze.dim,
         aten.squeeze.dims,
     ):
-        return emit(aten.view.default, (node, list(shape)), {})
+        return emit(aten.view.default, (node, list(shape)), {}, meta)
     if op in (aten.transpose.int, aten.t.default):
-        return emit(op, (node, *args), kwargs)
+        return emit(op, (node, *args), kwargs, meta)
     if op is aten.permute.default:
         order = [d % len(shape) for d in arg(0, "dims", [])]
-        return emit(op, (node, [order.index(d) for d in range(len(order))]), {})
+        return emit(op, (node, [order.index(d) for d in range(len(order))]), {}, meta)
     if op in (aten.detach.default, aten.alias.default):
         return node
     raise UnsupportedOpError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.decompose import DECOMPOSED
 from maskprop.graph.functional import Value, functional_overload
-from maskprop.graph.graph import Graph, TensorMeta
-from maskprop.graph.shapes import shortcut
+from maskprop.graph.graph import Graph, TensorMeta, is_op
+from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
@@ -27,6 +29,9 @@ _QUERIES = {
     "aten::is_contiguous",
     "aten::is_pinned",
 }
+
+
+_Place = tuple[str, int, type]
 
 
 class Recorder(TorchDispatchMode):
@@ -41,6 +46,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph(fx.Graph(), {}, concrete=concrete)
         self._values: dict[int, Value] = {}
+        self._unread: dict[int, Callable[[], fx.Node]] = {}  # results that nothing has read yet
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
         self._names, self.graph.aliases = _names_of(model)
         self._storages = {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
@@ -50,6 +56,10 @@ class Recorder(TorchDispatchMode):
         self._types: list[type] = [type(model)]
         self._calls = 0
         self.last_path = ""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is ever compiled; torch's guard against it costs time, and seconds at first
 
     # -- what the tracer calls ------------------------------------------------------------------
 
@@ -83,6 +93,16 @@ class Recorder(TorchDispatchMode):
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
 
+    @contextmanager
+    def listening(self) -> Iterator[list[fx.Node]]:
+        """Record; on leaving, the list holds the ops that were made meanwhile."""
+        before = len(self.graph.fx.nodes)
+        made: list[fx.Node] = []
+        with self:
+            yield made
+        count = len(self.graph.fx.nodes) - before
+        made += [n for n in itertools.islice(reversed(self.graph.fx.nodes), count) if is_op(n)][::-1]
+
     def _nodes_of(self, value: Any) -> Any:
         """The same structure with nodes in place of tensors."""
         return map_tensors(value, self._node)
@@ -98,11 +118,7 @@ class Recorder(TorchDispatchMode):
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
         for node in reversed(self.graph.fx.nodes):
-            if (
-                not node.users
-                and (not node.all_input_nodes or "implied" in node.meta or node.target is operator.getitem)
-                and node.op in ("get_attr", "call_function")
-            ):
+            if not node.users and (node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem):
                 self.graph.fx.erase_node(node)
         return self.graph
 
@@ -122,9 +138,7 @@ class Recorder(TorchDispatchMode):
             return self._evaluate(node_args[0]).item()
         if schema.is_mutable:
             self._note_written(op, args)
-        result = None if self.graph.concrete else shortcut(op, args, kwargs)
-        if result is None:
-            result = op(*args, **kwargs)
+        result = op(*args, **kwargs) if self.graph.concrete else run_on_fakes(op, args, kwargs)
         if torch.Tag.inplace_view in op.tags:
             self._record_in_place_view(op, args, node_args, dict(node_kwargs))
         elif schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
@@ -137,15 +151,26 @@ class Recorder(TorchDispatchMode):
         if isinstance(result, Tensor):
             if self._values.get(id(result)) is not None and any(result is a for a in args):
                 return  # the op handed back its argument
-            node = self._emit_tagged(op, node_args, node_kwargs, TensorMeta.of(result))
+            emit = functools.partial(
+                self._emit_tagged, op, node_args, node_kwargs, TensorMeta.of(result), self._place()
+            )
+            if not _takes_tensors(op):  # many of these are made for nothing
+                self._postpone(result, emit)
+                return
+            node = emit()
             self._bind(result, node, *self._view_of(op, args, node, None))
         elif isinstance(result, (list, tuple)):
             metas = tuple(TensorMeta.of(r) if isinstance(r, Tensor) else None for r in result)
             node = self._emit_tagged(op, node_args, node_kwargs, metas)
             for i, item in enumerate(result):
-                if isinstance(item, Tensor):
-                    got = self._emit_tagged(operator.getitem, (node, i), {}, TensorMeta.of(item))
-                    self._bind(item, got, *self._view_of(op, args, node, i))
+                if not isinstance(item, Tensor):
+                    continue
+                emit = functools.partial(self._emit_tagged, operator.getitem, (node, i), {}, metas[i], self._place())
+                view = self._view_of(op, args, node, i)
+                if view:
+                    self._bind(item, emit(), *view)
+                else:
+                    self._postpone(item, emit)
 
     def _record_write(
         self, op: OpOverload, args: Any, kwargs: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any
@@ -197,7 +222,10 @@ class Recorder(TorchDispatchMode):
         return value.current(self._emit)
 
     def _adopt(self, tensor: Tensor) -> Value:
-        """A tensor that no recorded op made: the model's own, or a constant."""
+        """A result that is read for the first time; or what no recorded op made: the model's own, or a constant."""
+        emit = self._unread.pop(id(tensor), None)
+        if emit is not None:
+            return self._bind(tensor, emit())
         found = self._names.get(id(tensor))
         name = found[0] if found else None
         if name is None and not tensor.is_sparse:  # `parameter.data`, say: another object, same memory
@@ -233,39 +261,33 @@ class Recorder(TorchDispatchMode):
         self._keep.append(tensor)
         return value
 
-    def _emit_tagged(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:
-        return self._tag(self.graph.fx.call_function(target, args, kwargs), meta)
+    def _postpone(self, tensor: Tensor, emit: Callable[[], fx.Node]) -> None:
+        """Record a result only when something reads it."""
+        self._unread[id(tensor)] = emit
+        self._keep.append(tensor)
 
-    def _emit(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def _emit_tagged(self, target: Any, args: Any, kwargs: Any, meta: Any, place: _Place | None = None) -> fx.Node:
+        name = target.__name__.replace(".", "_").lower()
+        node = self.graph.fx.create_node("call_function", target, name=name)
+        node.args = args  # given at once, they would be searched for symbolic sizes, which takes most of the time
+        if kwargs:
+            node.kwargs = kwargs
+        return self._tag(node, meta, place)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:
         """Record a call that the functional form needs and that was never dispatched."""
-        if target is None:
-            return self._imply(self._emit_tagged(operator.getitem, args, {}, args[0].meta["tensor"][args[1]]))
-        metas = fx.node.map_aggregate(args, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
-        with torch.utils._python_dispatch._disable_current_modes():
-            result = target(
-                *metas, **fx.node.map_aggregate(kwargs, lambda a: _blank(a) if isinstance(a, fx.Node) else a)
-            )
-        device = args[0].meta["tensor"].device
-        metas_out = [
-            TensorMeta(tuple(r.shape), r.dtype, device)
-            for r in (result if isinstance(result, (list, tuple)) else [result])
-        ]
-        return self._imply(
-            self._emit_tagged(
-                target, args, kwargs, tuple(metas_out) if isinstance(result, (list, tuple)) else metas_out[0]
-            )
-        )
-
-    @staticmethod
-    def _imply(node: fx.Node) -> fx.Node:
+        node = self._emit_tagged(target, args, kwargs, meta)
         node.meta["implied"] = True
         return node
 
-    def _tag(self, node: fx.Node, meta: Any) -> fx.Node:
-        node.meta["tensor"] = meta
-        node.meta["path"], node.meta["call"] = self._stack[-1]
-        node.meta["module"] = self._types[-1]
+    def _tag(self, node: fx.Node, meta: Any, place: _Place | None = None) -> fx.Node:
+        path, call, kind = place or self._place()
+        node.meta.update(tensor=meta, path=path, call=call, module=kind)
         return node
+
+    def _place(self) -> _Place:
+        """Module path, running number and type of the call that is running."""
+        return *self._stack[-1], self._types[-1]
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -302,6 +324,11 @@ class Recorder(TorchDispatchMode):
                     self.graph.mutated.add(name)
 
 
+@functools.cache
+def _takes_tensors(op: OpOverload) -> bool:
+    return any("Tensor" in str(a.type) for a in op._schema.arguments)
+
+
 # These declare a write to running statistics that evaluation mode does not do.
 _MUTABLE_STATISTICS = {
     "aten::native_batch_norm",
@@ -309,13 +336,6 @@ _MUTABLE_STATISTICS = {
     "aten::_native_batch_norm_legit",
     "aten::batch_norm_with_update",
 }
-
-
-def _blank(node: fx.Node) -> Any:
-    meta = node.meta["tensor"]
-    if isinstance(meta, tuple):
-        return tuple(None if m is None else torch.empty(m.shape, dtype=m.dtype, device="meta") for m in meta)
-    return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
 
 
 def _names_of(model: nn.Module) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:

@@ -1,75 +1,180 @@
-"""Results of the commonest ops on fake tensors, without running a fake kernel.
+"""Results of ops on fake tensors, without most of what a fake tensor mode does.
 
-The fake kernels of convolution, batch norm and matrix products are written in Python and take up to a millisecond an
-op, most of a trace. These functions give the same sizes, strides and dtypes; where one declines (``None``), the fake
-kernel runs.
+Such a mode spends far more time on an op than the arithmetic of its sizes takes. What it said of an op is remembered
+here by the op's *signature*: its sizes, strides, dtypes and numbers. A model repeats its blocks, and its compact twin
+is traced again and again, so most ops have been seen. The kernels of convolutions, batch norms and matrix products,
+which make up most of a first trace, are written in Python and take up to a millisecond; functions here say the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 Shortcut = Callable[..., "Tensor | tuple[Tensor, ...] | None"]
 
+_NHWC = torch.channels_last
+_KINDS = (FakeTensor, Tensor, nn.Parameter)
+_SEEN: dict[Any, Any] = {}  # signature -> recipe of the result
+_MOST = 1 << 16  # signatures
 
-def shortcut(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The op's result on fake tensors, or ``None`` if the fake kernel has to tell.
+
+def run_on_fakes(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The op's result on fake or meta tensors.
 
     Args:
-        op: a pure overload.
+        op: an overload.
         args: with real parameters and fake activations, as dispatched.
         kwargs: as dispatched.
     """
     fn = _SHORTCUTS.get(op)
-    if fn is not None:
-        return fn(*args, **kwargs)
-    if torch.Tag.pointwise not in op.tags or kwargs:
+    found = None if fn is None else fn(*args, **kwargs)
+    if found is not None:
+        return found
+    key = _signature_of(op, args, kwargs)
+    recipe = None if key is None else _SEEN.get(key)
+    if recipe is not None:
+        return _follow(recipe, args, _fake_mode())
+    result = op(*args, **kwargs)
+    recipe = None if key is None else _recipe(result, args)
+    if recipe is not None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        _SEEN[key] = recipe
+    return result
+
+
+class QuickFakes(TorchDispatchMode):
+    """Above a fake tensor mode: answers what it can in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see the recorder
+
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_on_fakes(op, args, kwargs or {})
+
+
+def new_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A dense fake tensor."""
+    return _made(shape, _strides(shape, nhwc=False), dtype, device, mode)
+
+
+# -- what was seen ------------------------------------------------------------------------------
+
+
+class _UnusualError(Exception):
+    """Something beyond sizes decides over the result."""
+
+
+def _signature_of(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """All that the result's sizes and strides depend on; ``None`` if that cannot be told."""
+    if not _is_regular(op):
         return None
-    if not op._schema.is_mutable:
-        return _pointwise(args)
-    others = [a for a in args[1:] if isinstance(a, Tensor)]
-    if isinstance(args[0], FakeTensor) and all(a.shape == args[0].shape for a in others):
-        return args[0]  # an in-place op hands back its argument
-    return None
+    try:
+        key = op, _signature(args), tuple((k, _signature(v)) for k, v in kwargs.items()), torch.get_default_dtype()
+        hash(key)
+    except (_UnusualError, TypeError):  # TypeError: an argument that cannot be hashed
+        return None
+    return key
+
+
+def _signature(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        fake = isinstance(arg, FakeTensor)
+        if type(arg) not in _KINDS or arg.layout is not torch.strided or (fake and arg.constant is not None):  # type: ignore[attr-defined]
+            raise _UnusualError
+        device = arg.fake_device if fake else arg.device  # type: ignore[attr-defined]
+        return fake, arg.shape, arg.stride(), arg.dtype, device
+    if isinstance(arg, (list, tuple)):
+        return tuple([_signature(a) for a in arg])
+    return type(arg), arg  # 1, 1.0 and True are equal
+
+
+@functools.cache
+def _is_regular(op: OpOverload) -> bool:
+    asks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view} & set(op.tags)
+    return op.namespace == "aten" and not asks
+
+
+def _recipe(result: Any, args: Sequence[Any]) -> Any:
+    """How to make the result again: an argument's position, or sizes; ``None`` if it is neither."""
+    if isinstance(result, (tuple, list)):
+        parts = [_recipe(r, args) for r in result]
+        return None if None in parts else (type(result), parts)
+    for i, arg in enumerate(args):
+        if result is arg:
+            return i
+    if type(result) not in _KINDS or result.layout is not torch.strided or result.is_complex():
+        return None
+    if isinstance(result, FakeTensor):
+        return None if result.constant is not None else (*_dense(result), result.fake_device)
+    return (*_dense(result), result.device) if result.is_meta else None
+
+
+def _dense(t: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return t.shape, t.stride(), t.dtype
+
+
+def _follow(recipe: Any, args: Sequence[Any], mode: FakeTensorMode | None) -> Any:
+    if isinstance(recipe, int):
+        return args[recipe]
+    if isinstance(recipe[0], type):
+        kind, parts = recipe
+        return kind(_follow(part, args, mode) for part in parts)
+    shape, strides, dtype, device = recipe
+    return _made(shape, strides, dtype, device, mode)
+
+
+def _made(
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: FakeTensorMode | None,
+) -> Tensor:
+    with torch._C._DisableTorchDispatch():
+        blank = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return blank if mode is None else FakeTensor(mode, blank, device)
+
+
+def _fake_mode() -> FakeTensorMode | None:
+    """The mode below the recorder, if there is one (meta tensors do without)."""
+    found: FakeTensorMode | None = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return found
+
+
+# -- ops whose kernels for meta tensors are slow ------------------------------------------------
 
 
 def _blank(like: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """A contiguous (or, for an image in that format, channels-last) fake tensor of another shape."""
-    mode = getattr(like, "fake_mode", None)
-    if mode is None:
+    """A contiguous (or, for an image in that format, channels-last) tensor of another shape."""
+    if not isinstance(like, FakeTensor):
         return None
-    nhwc = (
-        len(shape) == 4 == like.ndim
-        and not like.is_contiguous()
-        and like.is_contiguous(memory_format=torch.channels_last)
-    )
-    layout = torch.channels_last if nhwc else torch.contiguous_format
-    with torch._C._DisableTorchDispatch():
-        blank = torch.empty(tuple(shape), dtype=like.dtype, device="meta", memory_format=layout)
-    return FakeTensor(mode, blank, like.device)
+    sizes = tuple(shape)
+    nhwc = len(sizes) == 4 == like.ndim and not like.is_contiguous() and like.is_contiguous(memory_format=_NHWC)
+    return _made(sizes, _strides(sizes, nhwc), like.dtype, like.fake_device, like.fake_mode)
 
 
-def _pointwise(args: Sequence[Any]) -> Tensor | None:
-    """Floating tensors of one shape, dtype and dense layout, and Python numbers."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not tensors or len(tensors) > 2 or any(isinstance(a, (list, tuple, bool, complex)) for a in args):
-        return None
-    first = tensors[0]
-    if not first.is_floating_point():
-        return None
-    for other in tensors[1:]:
-        if other.shape != first.shape or other.dtype != first.dtype or other.stride() != first.stride():
-            return None
-    if not (first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))):
-        return None
-    return _blank(first, first.shape)
+def _strides(sizes: Sequence[int], nhwc: bool) -> tuple[int, ...]:
+    """Of a dense tensor."""
+    order = (1, 3, 2, 0) if nhwc else reversed(range(len(sizes)))
+    strides, step = [0] * len(sizes), 1
+    for axis in order:
+        strides[axis] = step
+        step *= max(1, sizes[axis])
+    return tuple(strides)
 
 
 def _convolution(
@@ -121,7 +226,7 @@ def _batch_norm(
         or any(t is not None and t.shape[0] != x.shape[1] for t in (weight, bias, mean, var))
     ):
         return None
-    out, empty = _pointwise([x]), _blank(x, (x.shape[1] if training else 0,))
+    out, empty = _blank(x, x.shape), _blank(x, (x.shape[1] if training else 0,))
     return None if out is None or empty is None else (out, empty, empty)
 
 

@@ -71,13 +71,12 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
                 f"the tracer {name} failed with {type(error).__name__}: {error}. The model is unchanged. "
                 "Mend the tracer, or leave the choice to tracer='auto'."
             ) from error
-        graph.check()
-        return graph
+        return _checked(graph)
     on_meta = any(p.is_meta for p in model.parameters())
     if tracer == "auto" and not on_meta:
         try:
             with _quiet():
-                return _trace(model, inputs, concrete=False)
+                return _checked(_trace(model, inputs, concrete=False))
         except MaskpropError:
             raise
         except Exception as error:  # any failure on fake tensors only means that real ones are needed
@@ -92,7 +91,7 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
     if tracer == "meta":
         inputs = map_tensors(inputs, lambda t: t.to("meta"))
     try:
-        return _trace(model, inputs, concrete=tracer == "concrete")
+        return _checked(_trace(model, inputs, concrete=tracer == "concrete"))
     except MaskpropError:
         raise
     except Exception as error:
@@ -143,7 +142,10 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
         except Exception as error:
             error._maskprop_recorder = recorder  # type: ignore[attr-defined]
             raise
-        graph = recorder.finish(list(tensors_in(output)))
+        return recorder.finish(list(tensors_in(output)))
+
+
+def _checked(graph: Graph) -> Graph:
     graph.check()
     return graph
 

@@ -26,14 +26,27 @@ class CannotTrace(Exception):
     """This module's forward cannot be traced."""
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that knows its companion's length."""
+class _Companioned:
+    """What a proxy can tell by its companion."""
 
     def __len__(self) -> int:
         return len(self.tracer.companion(self.node))  # type: ignore[attr-defined]
 
+    def __iter__(self) -> Iterator[Any]:
+        return self.tracer.iter(self)  # type: ignore[attr-defined, no-any-return]
+
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})  # type: ignore[attr-defined]
+
+
+class _Proxy(_Companioned, fx.Proxy):
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Companioned, fx.proxy.Attribute):
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
 
 class _Tracer(fx.Tracer):
@@ -98,6 +111,8 @@ class _Tracer(fx.Tracer):
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_arg((args, kwargs), self._values.__getitem__)
+        if kind not in ("call_module", "get_attr"):
+            return run_node(self._module, kind, target, args, kwargs)
         with _untraced():
             return run_node(self._module, kind, target, args, kwargs)
 

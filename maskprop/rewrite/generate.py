@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
-from maskprop.graph.graph import Graph, is_op, shape_of
+from maskprop.graph.graph import Graph, shape_of
 from maskprop.graph.record import Recorder
+from maskprop.graph.shapes import QuickFakes, new_fake
 from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, plain_kernels
 from maskprop.rewrite.concolic import CannotTrace, bind_arguments, header, is_plain, run_node, trace_module
@@ -65,17 +66,18 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
             for stand_ins in [caches, {}] if caches else [{}]:
                 arguments = Arguments(nodes, {**state.get(path, {}), **stand_ins}, fake)
                 try:
-                    with fake:
+                    with fake, QuickFakes():
                         traced[path] = trace_module(module, arguments.values(_dense_shape)), arguments
                     break
                 except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
                     log.info("no forward could be traced for '%s': %s: %s", path, type(error).__name__, error)
     done = []
+    recorder = Recorder(edits.model, concrete=False)
     for path, (forward, arguments) in traced.items():
         module = edits.model.get_submodule(path)
         try:
-            with frozen_state(edits.model):
-                source, imports = _Generator(edits.model, module, path, replay, forward, arguments, fake).run()
+            with frozen_state(module):
+                source, imports = _Generator(recorder, module, path, replay, forward, arguments, fake).run()
         except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
@@ -114,7 +116,7 @@ class Arguments:
 
         def blank(node: fx.Node) -> Tensor:
             meta = node.meta["tensor"]
-            return self._fake.from_tensor(torch.empty(tuple(shape(node)), dtype=meta.dtype, device=meta.device))
+            return new_fake(self._fake, tuple(shape(node)), meta.dtype, meta.device)
 
         found = {name: map_tensors(value, blank, fx.Node) for name, value in self.nodes.items()}
         return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
@@ -143,7 +145,7 @@ def _opaque_arguments(
         try:
             with frozen_state(model), torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
                 args, kwargs = map_tensors(inputs, fake.from_tensor)
-                with fake:
+                with fake, QuickFakes():
                     model(*args, **kwargs)
         except Exception as error:  # then those modules cannot be traced either
             log.info("the dense model does not run on fake tensors: %s: %s", type(error).__name__, error)
@@ -205,7 +207,7 @@ class _Generator:
 
     def __init__(
         self,
-        model: nn.Module,
+        recorder: Recorder,
         module: nn.Module,
         path: str,
         replay: Replay,
@@ -213,9 +215,9 @@ class _Generator:
         arguments: Arguments,
         fake: FakeTensorMode,
     ) -> None:
-        self.model, self.module, self.path, self.replay = model, module, path, replay
+        self.recorder, self.module, self.path, self.replay = recorder, module, path, replay
         self.forward, self.arguments, self.fake = forward, arguments, fake
-        dense = [n for n in replay.significant(replay.ops, dense=True) if self._inside(n)]
+        dense = [n for n in replay.dense(strict=True) if self._inside(n)]
         first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
         self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
         self.at = 0
@@ -244,6 +246,8 @@ class _Generator:
                 break
             if node.op == "placeholder":
                 env[node] = arguments[str(node.target)]
+                for name, tensor in tensors_in(env[node], str(node.target)):
+                    self.recorder.add_input(tensor, name)
                 continue
             try:
                 value, ops = self._call(node, env)
@@ -266,13 +270,9 @@ class _Generator:
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any, list[fx.Node]]:
         """Run one node; its value and the significant ops it made."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-        recorder = Recorder(self.model, concrete=False)
-        for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
-            recorder.add_input(tensor, f"x{i}")
-        with recorder:
+        with self.recorder.listening() as made:
             value = run_node(self.module, node.op, node.target, args, kwargs)
-        made = [n for n in recorder.graph.fx.nodes if is_op(n)]
-        return value, self.replay.significant(made, dense=False)
+        return value, self.replay.significant(made)
 
     def _compare(self, ops: list[fx.Node]) -> str | None:
         for offset, op in enumerate(ops):

@@ -75,6 +75,7 @@ class Replay:
         self._by_path: dict[str, list[fx.Node]] = {}
         self._position: dict[fx.Node, int] = {}
         self._place = {n: i for i, n in enumerate(self.ops)}
+        self._dense: dict[bool, list[fx.Node]] = {}
         for node in self.ops:
             mates = self._by_path.setdefault(str(node.meta["path"]), [])
             self._position[node] = len(mates)
@@ -88,19 +89,26 @@ class Replay:
         """Where an op stands among its module's own."""
         return self._position.get(node)
 
-    def significant(self, nodes: Sequence[fx.Node], dense: bool, strict: bool = True) -> list[fx.Node]:
-        """The ops that are compared: no memory layout, nothing inside replaced modules, no reshape to the same shape.
+    def dense(self, strict: bool) -> list[fx.Node]:
+        """The dense ops that are compared, see :meth:`significant`."""
+        if strict not in self._dense:
+            kept = [n for n in self.ops if not self._skipped(n)]
+            self._dense[strict] = [n for n in kept if not _idle(n, self.shapes[n], self._input_shape(n), strict)]
+        return self._dense[strict]
+
+    def significant(self, actual: Sequence[fx.Node], strict: bool = True) -> list[fx.Node]:
+        """The compact ops that are compared: no memory layout, nothing in replaced modules, no idle reshape.
 
         Not ``strict``: no reshape that only adds or drops axes of size 1 either. Authors leave those out where a
         count is one (``repeat_kv`` with a single query head a group).
         """
-        found = []
-        for n in nodes:
-            shapes, source = (self.shapes[n], self._input_shape(n)) if dense else (_shapes(n), _in_shape(n))
-            skipped = n.target in _LAYOUT or "inserted" in n.meta or self._inside_replaced(n)
-            if not skipped and not self._idle(shapes, source, n, strict):
-                found.append(n)
-        return found
+        kept = [n for n in actual if not self._skipped(n)]
+        return [n for n in kept if not _idle(n, _shapes(n), _in_shape(n), strict)]
+
+    def _skipped(self, node: fx.Node) -> bool:
+        if node.target in _LAYOUT or "inserted" in node.meta:
+            return True
+        return bool(self.replaced) and self._inside_replaced(node)
 
     def _inside_replaced(self, node: fx.Node) -> bool:
         path = str(node.meta["path"])
@@ -133,8 +141,7 @@ class Replay:
     def _first_mismatch(
         self, actual: list[fx.Node], error: Exception | None, path: str, strict: bool
     ) -> Mismatch | None:
-        dense = self.significant(self.ops, dense=True, strict=strict)
-        compact = self.significant(actual, dense=False, strict=strict)
+        dense, compact = self.dense(strict), self.significant(actual, strict)
         for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got)
             if found is not None:
@@ -160,16 +167,8 @@ class Replay:
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or not isinstance(source.meta["tensor"], TensorMeta):
             return None
-        return self.alignment.expected_shape(source)
-
-    @staticmethod
-    def _idle(shapes: tuple[Any, ...], source: tuple[int, ...] | None, node: fx.Node, strict: bool) -> bool:
-        """A reshape or expand to the shape that its input has (not ``strict``: up to axes of size 1)."""
-        if node.target not in _RESHAPES or len(shapes) != 1 or source is None:
-            return False
-        if strict:
-            return bool(shapes[0] == source)
-        return [n for n in shapes[0] or () if n != 1] == [n for n in source if n != 1]
+        found = self.shapes.get(source)
+        return self.alignment.expected_shape(source) if found is None else found[0]
 
     def differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
         """What was wanted and what came, where a compact op is not what the dense one says."""
@@ -209,6 +208,15 @@ class Replay:
             node = node.all_input_nodes[0]
         found = self._constants.get(node) if "lifted" in node.meta else None
         return None if found is None or found.is_meta else found  # on the meta device shapes have to do
+
+
+def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None, strict: bool) -> bool:
+    """A reshape or expand to the shape that its input has (not ``strict``: up to axes of size 1)."""
+    if node.target not in _RESHAPES or len(shapes) != 1 or source is None:
+        return False
+    if strict:
+        return bool(shapes[0] == source)
+    return [n for n in shapes[0] or () if n != 1] == [n for n in source if n != 1]
 
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:

@@ -136,8 +136,8 @@ def first_difference(graph: Graph, values: Values, alignment: Alignment, compact
     """
     replay = Replay(graph, alignment)
     tensors = [t for _, t in tensors_in(inputs)]
-    wanted = set(replay.significant(replay.ops, dense=True))
-    actual = set(replay.significant([n for n in compact.fx.nodes if is_op(n)], dense=False))
+    wanted = set(replay.dense(strict=True))
+    actual = set(replay.significant([n for n in compact.fx.nodes if is_op(n)]))
     dense_values = ((n, v) for n, v in run_graph(graph, values, tensors) if n in wanted)
     compact_values = ((n, v) for n, v in run_graph(compact, compact.value, tensors) if n in actual)
     for (node, expected), (other, got) in zip(dense_values, compact_values, strict=False):
