@@ -259,6 +259,22 @@ def test_folded_constants_are_exact_away_from_the_border() -> None:
     assert inner["fold"] <= TOLERANCE < inner["drop"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_map_that_is_uniform_on_a_small_input_only(size: int) -> None:
+    """Averages that count padding vary over space; on one or two pixels that does not show."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AvgPool2d(3, 1, 1), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1)
+    ).eval()
+    with torch.no_grad():
+        model[0].bias.uniform_(0.5, 1)
+    chosen = {"0.weight": keep(8, [0, 4, 6]).reshape(8, 1, 1, 1)}
+    expected = masked_reference(model, chosen)
+    ModelSpeedup(model, torch.randn(2, 3, size, size), chosen).speedup_model()
+    for other in (size, 7):
+        assert error(model, expected, torch.randn(3, 3, other, other)) <= TOLERANCE
+
+
 # --- the rest ---------------------------------------------------------------------------------------------
 
 

@@ -79,9 +79,18 @@ class PerChannel(Rule):
         assert meta is not None
         if torch.Size(meta.shape).numel() // meta.shape[0] > EAGER_LIMIT:
             return Fact.unknown(known.ndim)
-        result = op.run(spread(value, space, op.shapes[0]).contiguous())
-        result = as_double(result[0] if isinstance(result, tuple) else result)
+        result = self._run(op, value, space, op.shapes[0])
+        if uniform:
+            # on a small dummy input a map may happen to be uniform, which says nothing of larger ones
+            larger = self._run(op, value, space, [n + 8 if d in space else n for d, n in enumerate(op.shapes[0])])
+            known = known & (_varies(result, space) | ~_varies(larger, space))
         return Fact.of_value(torch.where(known, result, torch.zeros((), dtype=result.dtype)), known)
+
+    @staticmethod
+    def _run(op: Op, value: Tensor, space: list[int], shape: Sequence[int]) -> Tensor:
+        """The op on a known value, spread over a space of this shape."""
+        result = op.run(spread(value, space, shape).contiguous())
+        return as_double(result[0] if isinstance(result, tuple) else result)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         total = needed[0]
@@ -97,6 +106,12 @@ class PerChannel(Rule):
             out[d] = None
         out = [c.uniform(a, [d for d in space if d != i]) for i, a in enumerate(out)]
         return tuple(list(out) for _ in op.results) if op.several else out
+
+
+def _varies(value: Tensor, space: Sequence[int]) -> Tensor:
+    """Whether a value varies over these axes, kept as size 1."""
+    low, high = value.amin(list(space), keepdim=True), value.amax(list(space), keepdim=True)
+    return (high - low) > 1e-12 * torch.maximum(high.abs(), low.abs())
 
 
 @register(aten.constant_pad_nd.default)
