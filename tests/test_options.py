@@ -275,6 +275,22 @@ def test_a_map_that_is_uniform_on_a_small_input_only(size: int) -> None:
         assert error(model, expected, torch.randn(3, 3, other, other)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_padding_with_a_number_takes_a_carrier_and_a_bias(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.ConstantPad2d(1, 0.3), nn.Conv2d(8, 4, 3, bias=bias), nn.Flatten(2)
+    ).eval()
+    with torch.no_grad():
+        model[0].bias.uniform_(0.5, 1)
+    chosen = {"0.weight": keep(8, [0, 4, 6]).reshape(8, 1, 1, 1)}
+    expected = masked_reference(model, chosen)
+    ModelSpeedup(model, torch.randn(2, 3, 4, 4), chosen).speedup_model()
+    assert model[0].out_channels == int(chosen["0.weight"].sum()) + 1  # the carrier
+    for size in (4, 7):
+        assert error(model, expected, torch.randn(3, 3, size, size)) <= TOLERANCE
+
+
 # --- the rest ---------------------------------------------------------------------------------------------
 
 

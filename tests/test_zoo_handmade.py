@@ -76,8 +76,9 @@ NOTHING_LEAVES = {
         *("padded_shortcut/zeros", "padded_shortcut/constants", "padded_shortcut/conflicts"),
     ),
     "the masked axes meet no whole unit": ("raw_parameters/conflicts",),
-    # A gap of the engine: it keeps channels whose constant a padding with another number turns into different maps.
-    "the engine cannot do it yet": ("pad_constant/constants", "pad_constant/conflicts"),
+    "padded with a number and then with zeros, constants are no longer in proportion": (
+        *("pad_constant/constants", "pad_constant/conflicts"),
+    ),
 }
 KEPT = {case for cases in NOTHING_LEAVES.values() for case in cases}
 

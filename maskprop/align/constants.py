@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, fx
@@ -24,7 +26,10 @@ def fold_constants(plan: Plan, c: Coupling, s: Solution) -> None:
     for contraction in c.contractions:
         gone = torch.from_numpy(s.leaves(contraction.labels)) & contraction.nonzero
         if bool(gone.any()):
-            (_fold_bias if contraction.place == "bias" else _fold_carrier)(plan, contraction, gone, c, s)
+            if contraction.place != "bias":
+                contraction = _fold_carrier(plan, contraction, gone, c, s)
+            if contraction.place != "carrier":
+                _fold_bias(plan, contraction, gone, c, s)
 
 
 def _is_convolution(op: Op) -> bool:
@@ -61,12 +66,13 @@ def _fold_bias(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solutio
     plan.add.append(Add(place.target, -delta if place.kind == "running_mean" else delta))
 
 
-def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> None:
+def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> Contraction:
+    """Fold into the carrier's weights; the contraction with what is left for a bias."""
     found = weight_place(k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1])
     assert found is not None
     name, turned = found
     leaves = torch.from_numpy(s.leaves(k.labels))
-    maps = k.constant.reshape(len(leaves), -1)
+    maps, means = k.maps, k.constant.reshape(len(leaves), -1).mean(1)
     size = maps.square().sum(1)
     transposed = bool(k.op.arg("transposed")) if _is_convolution(k.op) else not turned
     weight = _weights(k.op, c)
@@ -78,9 +84,11 @@ def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solu
         there = k.nonzero[part] & ~leaves[part]
         carrier = int(torch.where(there, size[part], torch.tensor(-1.0, dtype=torch.float64)).argmax())
         base = maps[part][carrier]
-        factor = torch.where(gone[part], maps[part] @ base / base.square().sum(), 0.0)
+        factor = torch.where(gone[part], maps[part] @ base / base.square().sum().clamp_min(1e-300), 0.0)
+        means[part] -= factor * means[part][carrier]
         delta = torch.tensordot(weight[group], factor, dims=([1], [0]))  # (O, *kernel)
         _add_column(plan, name, delta, carrier, group, k.groups, leaves[part], transposed)
+    return replace(k, constant=means)
 
 
 def _add_column(

@@ -181,14 +181,14 @@ def multiple_of(axes: Sequence[Tensor], multiple: int) -> Restore:
 
 def carriers(c: Coupling) -> Restore:
     """Where constants leave through a carrier, one unit with a constant stays (per group of a grouped convolution)."""
-    needy = [k for k in c.contractions if k.place == "carrier"]
+    needy = [k for k in c.contractions if k.place in ("carrier", "both")]
 
     def check(s: Solution) -> Ints:
         found = []
         for contraction in needy:
             leaves = s.leaves(contraction.labels)
-            nonzero = contraction.nonzero.numpy()
-            size = contraction.constant.reshape(len(leaves), -1).square().sum(1).numpy()
+            size = contraction.maps.square().sum(1).numpy()
+            nonzero = contraction.nonzero.numpy() & (size > 0)
             for part in np.split(np.arange(len(leaves)), contraction.groups):
                 if leaves[part].all() and contraction.groups > 1:
                     continue  # the whole group is gone

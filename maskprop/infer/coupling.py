@@ -57,7 +57,7 @@ class Contraction:
         labels: of the summed axis, 1-D.
         constant: float64, 1-D or ``(units, *map)``: what unit i shows the consumer where it is known and not zero.
         nonzero: bool, 1-D: units whose constant must be accounted for when they leave.
-        place: ``"bias"`` or ``"carrier"``.
+        place: ``"bias"``, ``"carrier"``, or ``"both"``: each map is a multiple of the carrier's and a number besides.
         groups: of a grouped convolution; each group of units needs a carrier of its own.
     """
 
@@ -67,6 +67,12 @@ class Contraction:
     nonzero: Tensor
     place: str
     groups: int = 1
+
+    @property
+    def maps(self) -> Tensor:
+        """``(units, positions)``: what a carrier has to be in proportion to."""
+        maps = self.constant.reshape(len(self.constant), -1)
+        return maps - maps.mean(1, keepdim=True) if self.place == "both" else maps
 
 
 @dataclass(frozen=True)

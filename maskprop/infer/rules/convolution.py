@@ -206,6 +206,9 @@ class Convolution(Rule):
             if c.constants == "fold" and kind == "carrier" and bias_place(op.node):
                 kind = "bias"
             constant, foldable = found
+            if kind == "carrier" and not ragged and groups == 1 and bias_place(op.node):
+                offset = _constants(x, live, channels, groups, ragged, besides=True)[1]
+                kind, foldable = ("both", offset) if bool((offset & ~foldable).any()) else (kind, foldable)
             if kind is not None and bool(foldable.any()):
                 c.contractions.append(Contraction(op, labels, constant, foldable, kind, groups))
                 live = live & ~foldable
@@ -233,8 +236,13 @@ def channel_value(x: Fact) -> Tensor:
     return v.movedim(1, 0).reshape(v.shape[1], -1)[:, 0]
 
 
-def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) -> tuple[Tensor, Tensor]:
-    """Each channel's constant, and whether it can be stood for: uniform, or in proportion to one map a group."""
+def _constants(
+    x: Fact, live: Tensor, channels: int, groups: int, ragged: bool, besides: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Each channel's constant, and whether it can be stood for: uniform, or in proportion to one map a group.
+
+    ``besides``: in proportion up to an added number.
+    """
     seen, _ = channel_constant(x)
     uniform = seen.expand(channels) & live
     others = [0, *range(2, x.known.ndim)]
@@ -249,13 +257,13 @@ def _constants(x: Fact, live: Tensor, channels: int, groups: int, ragged: bool) 
     foldable = mapped.clone()
     for part in range(groups):
         rows = slice(part * channels // groups, (part + 1) * channels // groups)
-        block = maps[rows]
+        block = maps[rows] - maps[rows].mean(1, keepdim=True) if besides else maps[rows]
         if not bool(mapped[rows].any()):
             continue
         base = block[block.square().sum(1).argmax()]
         scale = block @ base / base.square().sum().clamp_min(1e-300)
         error = (block - scale[:, None] * base).abs().amax(1)
-        foldable[rows] &= error <= 1e-12 * block.abs().amax(1).clamp_min(1e-300)
+        foldable[rows] &= error <= 1e-12 * maps[rows].abs().amax(1).clamp_min(1e-300)
     return maps, foldable
 
 
