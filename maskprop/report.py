@@ -19,7 +19,7 @@ from maskprop.align.plan import Plan
 from maskprop.explain import Explainer
 from maskprop.reasons import Kept
 from maskprop.rewrite.repair import Repair
-from maskprop.rewrite.steps import Snapshot, count_bytes
+from maskprop.rewrite.steps import ModuleChange, Snapshot, count_bytes
 from maskprop.rewrite.verify import Check
 from maskprop.view.costs import count_flops, dense_shape
 
@@ -109,7 +109,14 @@ class Report:
     concrete: bool = False
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
 
-    def fill(self, before: Snapshot, model: nn.Module, explainer: Explainer, repair: Repair) -> None:
+    def fill(
+        self,
+        before: Snapshot,
+        changes: Mapping[str, ModuleChange],
+        model: nn.Module,
+        explainer: Explainer,
+        repair: Repair,
+    ) -> None:
         """Take what is cheap to tell from the stages' results."""
         inference, alignment = explainer.inference, explainer.alignment
         self.explainer, self.repair, self.plan = explainer, repair, alignment.plan
@@ -119,7 +126,7 @@ class Report:
         self.layers = list(_layers(before, model))
         self.changes = [
             Change(path, name, old, new)
-            for path, change in before.changes(model).items()
+            for path, change in changes.items()
             for name, (old, new) in change.attributes.items()
         ]
         self.sweeps, self.solves = inference.facts.sweeps, alignment.solution.rounds

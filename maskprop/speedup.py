@@ -30,7 +30,7 @@ from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replace
 from maskprop.rewrite.edits import Edits, tensor_of
 from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
-from maskprop.rewrite.steps import RECORD, Snapshot, new_record
+from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
 from maskprop.rewrite.verify import Reference, first_difference, fresh_inputs, run_model, run_read
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class ModelSpeedup:
             tensor = tensor_of(self.model, name)
             if tensor.is_meta and self.read is not None:
                 tensor = self.read(name)
-            if not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all()):
+            if not tensor.is_meta and not _finite(tensor.detach()):
                 raise NonFiniteError(
                     f"parameter '{name}' holds nan or infinity, so that a zero mask does not hide its "
                     "input. Repair the weights first; the model is unchanged."
@@ -201,15 +201,16 @@ class ModelSpeedup:
         )
         try:
             self.alignment = self._rewrite(repair, alignment, reference)
+            changes = before.changes(self.model)
             if not self.plan.empty or repair.removed:
-                edits.set_attribute(self.model, RECORD, new_record(self.model, before, self.plan))
+                edits.set_attribute(self.model, RECORD, NewRecord(self.model, before, changes, self.plan))
         except BaseException:
             edits.rollback()
             raise
         finally:
             self._edits = None
         self.explainer = Explainer(inference, self.alignment, inference.masks)
-        self.report.fill(before, self.model, self.explainer, repair)
+        self.report.fill(before, changes, self.model, self.explainer, repair)
 
     # -- what replacers may use -----------------------------------------------------------------
 
@@ -364,6 +365,11 @@ class ModelSpeedup:
             yield
         finally:
             self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are; their sum tells, except where it overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 @contextmanager

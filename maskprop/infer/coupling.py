@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.graph.graph import shape_of
-from maskprop.infer.facts import Fact
+from maskprop.infer.facts import Fact, broadcast_shape
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 
@@ -164,7 +164,7 @@ class Coupling:
             self.pin(labels, "is averaged over")
             return False
         self.read.append(labels)
-        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        shape = broadcast_shape(live.shape, labels.shape)
         self.pin(labels.expand(shape)[live.expand(shape)], "is averaged here", live=True)
         self.rescales.append(Rescale(labels.reshape(-1), place))
         return True

@@ -2,15 +2,16 @@
 
 The changes are found by comparing the model after the rewrite with a :class:`Snapshot` from before it, so
 that nothing depends on which repair or replace function made them. The *record* of a model is a JSON text on
-its root module; it survives ``copy.deepcopy`` and pickling, costs nothing to copy, and needs no maskprop to
-be unpickled.
+its root module, written when it is first needed; it survives ``copy.deepcopy`` and pickling, costs nothing to copy,
+and needs no maskprop to be unpickled.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,18 +154,42 @@ def check_architecture(model: nn.Module, expected: dict[str, Any]) -> None:
         )
 
 
-def new_record(model: nn.Module, before: Snapshot, plan: Plan) -> str:
-    """The record of a model after one more speedup."""
-    earlier = read_record(model)
-    record = earlier or {"format": FORMAT, "dense": before.architecture, "steps": []}
-    modules = {path: change.to_dict() for path, change in before.changes(model).items()}
-    record["steps"].append({"plan": plan.to_dict(), "modules": modules})
-    return json.dumps(record)
+class NewRecord:
+    """The record of a model after one more speedup: written out only when it is read, copied (shared) or pickled.
+
+    Args:
+        model: sped up; it may bear the record of earlier speedups.
+        before: what the model was.
+        changes: what became of its modules.
+        plan: what became of its tensors.
+    """
+
+    def __init__(self, model: nn.Module, before: Snapshot, changes: Mapping[str, ModuleChange], plan: Plan) -> None:
+        self._earlier = model.__dict__.get(RECORD)
+        self._dense, self._changes, self._plan = before.architecture, changes, plan
+
+    @cached_property
+    def text(self) -> str:
+        """The record as JSON."""
+        record = _parsed(self._earlier) or {"format": FORMAT, "dense": self._dense, "steps": []}
+        modules = {path: change.to_dict() for path, change in self._changes.items()}
+        record["steps"].append({"plan": self._plan.to_dict(), "modules": modules})
+        return json.dumps(record)
+
+    def __deepcopy__(self, memo: Any) -> NewRecord:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.text,)
 
 
 def read_record(module: nn.Module) -> dict[str, Any] | None:
     """The record that speedups left on a module, if any."""
-    text = module.__dict__.get(RECORD)
+    return _parsed(module.__dict__.get(RECORD))
+
+
+def _parsed(record: Any) -> dict[str, Any] | None:
+    text = record.text if isinstance(record, NewRecord) else record
     return json.loads(text) if isinstance(text, str) else None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels
-from maskprop.infer.facts import Fact
+from maskprop.infer.facts import Fact, broadcast_shape
 from maskprop.infer.op import Op
 from maskprop.infer.rules.movement import Slice
 from maskprop.infer.rules.registry import Rule, register
@@ -29,7 +29,7 @@ class Glu(Rule):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         a, b = (facts[0].map(half.move) for half in self._halves(op))
-        zero = a.zero.expand(torch.broadcast_shapes(a.zero.shape, b.zero.shape))
+        zero = a.zero.expand(broadcast_shape(a.zero.shape, b.zero.shape))
         known = (a.known & b.known) | zero
         return Fact(known, zero, lambda: torch.where(zero, 0.0, a.value() * b.value().sigmoid()), facts[0].plain)
 

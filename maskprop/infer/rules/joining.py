@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, lead, reduce_to, spread
+from maskprop.infer.facts import Fact, broadcast_shape, lead, reduce_to, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.movement import Slice
 from maskprop.infer.rules.registry import Rule, evaluate, register
@@ -93,7 +93,7 @@ class Cat(Rule):
 def _concatenate(tensors: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
     """Join broadcastable tensors, of these sizes along the axis."""
     shapes = [[1 if i == dim else n for i, n in enumerate(t.shape)] for t in tensors]
-    common = torch.broadcast_shapes(*shapes)
+    common = broadcast_shape(*shapes)
     return torch.cat(
         [t.expand([*common[:dim], n, *common[dim + 1 :]]) for t, n in zip(tensors, sizes, strict=True)], dim
     )
@@ -146,7 +146,7 @@ class ScatterInto(Rule):
         if part.dst == part.src:
             return source
         sizes = [
-            torch.broadcast_shapes((a,), (b,))[0] if i != part.dim else 1
+            broadcast_shape((a,), (b,))[0] if i != part.dim else 1
             for i, (a, b) in enumerate(zip(base.shape, source.shape, strict=True))
         ]
         sizes[part.dim] = part.src[part.dim]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Contraction, Coupling, Labels
-from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
+from maskprop.infer.facts import Fact, any_over, bool_matmul, broadcast_shape, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, weight_place
 from maskprop.infer.rules.pointwise import broadcast_labels
@@ -149,7 +149,7 @@ class MatMul(Rule):
                 value = torch.where(constant, a.value(), 0.0).reshape(-1)
                 c.contractions.append(Contraction(op, labels.reshape(-1), value, constant.reshape(-1), kind))
                 live = live & ~constant
-        shape = torch.broadcast_shapes(live.shape, labels.shape)
+        shape = broadcast_shape(live.shape, labels.shape)
         c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
 
 

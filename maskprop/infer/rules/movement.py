@@ -10,6 +10,7 @@ elements the other way. Only a reshape that splits or merges axes makes new labe
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, any_over, reduce_to, spread
+from maskprop.infer.facts import Fact, any_over, broadcast_shape, reduce_to, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, register_rule
 
@@ -211,7 +212,8 @@ class Roll(Step):
 # -- reshape ------------------------------------------------------------------------------------
 
 
-def axis_groups(src: Sequence[int], dst: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+@functools.lru_cache(maxsize=4096)
+def axis_groups(src: Shape, dst: Shape) -> list[tuple[list[int], list[int]]]:
     """Factor a reshape into the smallest groups of axes with equal products; axes of size 1 are left out."""
     groups: list[tuple[list[int], list[int]]] = []
     left = [i for i, n in enumerate(src) if n != 1]
@@ -234,7 +236,7 @@ def axis_groups(src: Sequence[int], dst: Sequence[int]) -> list[tuple[list[int],
     return groups
 
 
-def reshape(t: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
+def reshape(t: Tensor, src: Shape, dst: Shape) -> Tensor:
     """Reshape a broadcastable tensor, expanding only the groups of axes along which it varies."""
     if 0 in src:
         return (
@@ -252,6 +254,7 @@ def reshape(t: Tensor, src: Sequence[int], dst: Sequence[int]) -> Tensor:
     return t.expand(sizes).reshape(target)
 
 
+@functools.lru_cache(maxsize=4096)
 def _atoms(src: Shape, dst: Shape) -> Shape:
     """A shape between the two, so that the first half only splits axes and the second only merges them.
 
@@ -278,7 +281,7 @@ def _bounds(sizes: Sequence[int]) -> list[int]:
     return out
 
 
-def _couple_reshape(labels: Labels, src: Sequence[int], dst: Sequence[int], c: Coupling) -> Labels:
+def _couple_reshape(labels: Labels, src: Shape, dst: Shape, c: Coupling) -> Labels:
     """Labels through a reshape in which every group of axes is either split or merged."""
     reshaped = [moved(a, lambda t: reshape(t, src, dst)) for a in labels]
     out: Labels = [None] * len(dst)
@@ -326,7 +329,7 @@ def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
         if part is None or rows is None:
             rows = part if rows is None else rows
         else:
-            made = c.fresh(torch.broadcast_shapes(part.shape, rows.shape))
+            made = c.fresh(broadcast_shape(part.shape, rows.shape))
             c.triple(made, part, rows)
             rows = made
     return rows

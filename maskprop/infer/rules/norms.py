@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, any_over, lead, reduce_to
+from maskprop.infer.facts import Fact, any_over, broadcast_shape, lead, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
@@ -63,9 +63,7 @@ class BatchNorm(Rule):
             value = torch.where(seen, value if weight is None else value * weight.value(), 0.0)
         if bias is not None:
             value = value + bias.value()
-        first = Fact.of_value(
-            torch.where(known, value, 0.0), known.expand(torch.broadcast_shapes(known.shape, value.shape))
-        )
+        first = Fact.of_value(torch.where(known, value, 0.0), known.expand(broadcast_shape(known.shape, value.shape)))
         return first.map(lambda t: _on_channels(t, ndim)), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:

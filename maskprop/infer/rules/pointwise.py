@@ -7,13 +7,14 @@ factor's known zero (when both are zero, both stay needed: each relies on the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, lead, reduce_to
+from maskprop.infer.facts import Fact, broadcast_shape, lead, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, register, register_rule
 
@@ -41,8 +42,8 @@ class Pointwise(Rule):
                 return Fact.zeros(known)
         if not bool(known.any()):
             return Fact.unknown(ndim)
-        size = torch.broadcast_shapes(*(f.known.shape for f in facts))
-        if all(f.total for f in facts) and torch.Size(size).numel() > EAGER_LIMIT:
+        size = broadcast_shape(*(f.known.shape for f in facts))
+        if all(f.total for f in facts) and math.prod(size) > EAGER_LIMIT:
             return Fact(known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts)))
         value = op.run(*(f.value() for f in facts))
         value = value.double() if value.is_floating_point() else value
@@ -112,7 +113,7 @@ class Div(Pointwise):
             op,
             facts,
             (a.known & b.known) | a.zero,
-            a.zero.expand(torch.broadcast_shapes(a.zero.shape, b.zero.shape)),
+            a.zero.expand(broadcast_shape(a.zero.shape, b.zero.shape)),
         )
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -191,7 +192,7 @@ class Prelu(Pointwise):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         x, w = facts
-        zero = x.zero.expand(torch.broadcast_shapes(x.zero.shape, w.zero.shape))
+        zero = x.zero.expand(broadcast_shape(x.zero.shape, w.zero.shape))
         return self._fact(op, facts, (x.known & w.known) | zero, zero)
 
 

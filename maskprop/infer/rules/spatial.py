@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels
-from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
 
@@ -73,7 +73,7 @@ class PerChannel(Rule):
         if uniform and self._keeps(op, value, known):
             return Fact.of_value(
                 torch.where(known, value, torch.zeros((), dtype=value.dtype)),
-                known.expand(torch.broadcast_shapes(known.shape, value.shape)),
+                known.expand(broadcast_shape(known.shape, value.shape)),
             )
         meta = op.results[0]
         assert meta is not None
