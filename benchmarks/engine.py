@@ -1,9 +1,9 @@
 """What a speedup costs: seconds cold and warm, by stage, and memory, beside two limits and two other tools.
 
-    python -m benchmarks.engine                    # everything; writes the JSON and docs/engine.md
+    python -m benchmarks.engine                    # everything; writes the JSON and docs/benchmarks.md
     python -m benchmarks.engine --quick            # three models, two rounds, under two minutes
     python -m benchmarks.engine --ratio            # one number: ResNet-50's speedup in dense forward passes
-    python -m benchmarks.engine --table-only       # docs/engine.md from the JSON
+    python -m benchmarks.engine --table-only       # docs/benchmarks.md from the JSON
 
 The limits are one dense forward pass at batch 1 and one copy of the parameters. The other tools are Torch-Pruning
 1.6.1 (building its graph and one step that halves every group) and torch-simplify 1.1.4, where they are installed:
@@ -37,13 +37,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from .engine_table import write_page
+from . import page
+from .engine_table import section
 from .machine import EXACT_MEMORY, describe, peak_memory, version_of
 from .subjects import SUBJECTS, Subject
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
-PAGE = ROOT / "docs" / "engine.md"
 QUICK = ("ResNet-18", "MobileNetV2", "BERT-base")
 PEERS = {"Torch-Pruning": "torch-pruning", "torch-simplify": "torch-simplify"}
 Row = dict[str, Any]
@@ -268,7 +268,6 @@ def main() -> None:
     parser.add_argument("--ratio", action="store_true", help="print ResNet-50's ratio and stop")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
-    parser.add_argument("--table", type=Path, help=f"default: {PAGE.relative_to(ROOT)}")
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -281,16 +280,18 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.no_memory = 2, True
     whole = not (arguments.quick or arguments.models)
-    results_path = arguments.results or (RESULTS if whole or arguments.table_only else None)
-    page = arguments.table or (PAGE if whole or arguments.table_only else None)
     if arguments.table_only:
-        results = json.loads(results_path.read_text())
+        page.write()
+        return
+    results = run(arguments.models or list(QUICK if arguments.quick else SUBJECTS), arguments)
+    path = arguments.results or (RESULTS if whole else None)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if path == RESULTS:
+        page.write()
     else:
-        results = run(arguments.models or list(QUICK if arguments.quick else SUBJECTS), arguments)
-        if results_path is not None:
-            results_path.parent.mkdir(parents=True, exist_ok=True)
-            results_path.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results, page)
+        print("\n".join(section(results)))
 
 
 if __name__ == "__main__":

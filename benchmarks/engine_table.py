@@ -1,10 +1,9 @@
-"""``docs/engine.md`` out of the results of ``benchmarks.engine``."""
+"""The tables of ``benchmarks.engine``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from .machine import sentence
@@ -13,27 +12,16 @@ Row = dict[str, Any]
 DASH = "—"
 
 
-def write_page(results: Row, path: Path | None) -> None:
-    """Write the page, or print it where there is no path (a part of the models)."""
-    text = "\n".join(_page(results)) + "\n"
-    if path is None:
-        print(text)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def _page(results: Row) -> Iterator[str]:
+def section(results: Row) -> Iterator[str]:
+    """The lines of the page's part."""
     models = {name: row for name, row in results["models"].items() if "failure" not in row}
-    yield "# What a speedup costs"
-    yield ""
-    yield "Written by `python -m benchmarks.engine`, which says how everything is measured; the masks, under which"
-    yield "about half of each model leaves, are in `benchmarks/subjects.py`."
+    yield "`python -m benchmarks.engine` says how everything is measured; the masks, under which about half of each"
+    yield "model leaves, are in `benchmarks/subjects.py`."
     yield ""
     yield sentence(results["machine"])
     yield ""
     yield from _summary(models, results["peers"])
-    yield "## Time"
+    yield "### Time"
     yield ""
     yield f"Seconds, medians of {results['rounds']} turns. *Cold* is the first speedup of a process, which loads code;"
     yield "*warm* a later one; *verified* a warm one that compares its result with the masked model. All others do not."
@@ -44,14 +32,14 @@ def _page(results: Row) -> Iterator[str]:
     yield from _stages(models)
     memory = {name: row["memory"] for name, row in models.items() if row.get("memory", {}).get("peak")}
     if memory:
-        yield "## Memory"
+        yield "### Memory"
         yield ""
         yield "The most that a warm speedup takes on top of the dense model, in MB and in sizes of its parameters."
         yield ""
         yield from _memory(memory, results["peers"])
     failures = list(_failures(results["models"]))
     if failures:
-        yield "## Failures"
+        yield "### Failures"
         yield ""
         yield from failures
 

@@ -37,10 +37,12 @@ def describe() -> dict[str, Any]:
 
 def sentence(machine: dict[str, Any]) -> str:
     """One line for a page."""
+    busy = (machine["load"] or 0) > 0.5 * (machine["cores"] or 1)
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; {machine['threads']} threads; "
         f"torch {machine['torch']}, Python {machine['python']}, {machine['system']}; {machine['date']}, load average "
-        f"{machine['load']} at the start."
+        f"{machine['load']} at the start"
+        + ("; others kept the machine busy, so only ratios mean something." if busy else ".")
     )
 
 

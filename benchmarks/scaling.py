@@ -1,6 +1,6 @@
 """How time and memory grow with depth, width and the number of masked layers, and a Llama-70B planned on meta.
 
-    python -m benchmarks.scaling                   # writes the JSON, docs/scaling.md and docs/scaling.png
+    python -m benchmarks.scaling                   # writes the JSON and docs/benchmarks.md
     python -m benchmarks.scaling --quick           # small sizes, printed alone
     python -m benchmarks.scaling --only llama      # depth, width, masked or llama
 
@@ -28,13 +28,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from . import page as pages
 from .machine import EXACT_MEMORY, describe, peak_memory, sentence
 from .subjects import LLAMA_70B, half, llama, llama_masks, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
-PAGE = ROOT / "docs" / "scaling.md"
-PLOT = ROOT / "docs" / "scaling.png"
 Row = dict[str, Any]
 Masks = dict[str, Tensor]
 
@@ -196,10 +195,9 @@ def run(families: list[str], quick: bool, threads: int) -> Row:
 
 
 def page(results: Row, plot: bool) -> Iterator[str]:
-    yield "# How the cost grows"
-    yield ""
-    yield "Written by `python -m benchmarks.scaling`, which says how everything is measured. Time and memory are those"
-    yield "of a whole speedup without verification; of the Llama, of tracing, inference and the plan."
+    """The lines of the page's part."""
+    yield "`python -m benchmarks.scaling` says how everything is measured. Time and memory are those of a whole speedup"
+    yield "without verification; of the Llama, of tracing, inference and the plan."
     yield ""
     yield sentence(results["machine"])
     yield ""
@@ -208,7 +206,7 @@ def page(results: Row, plot: bool) -> Iterator[str]:
         yield ""
     for family, found in results["families"].items():
         title = FAMILIES[family][3]
-        yield f"## {title[0].upper()}{title[1:]}"
+        yield f"### {title[0].upper()}{title[1:]}"
         yield ""
         yield from _exponents(family, found)
         stages = list(found[-1]["seconds"])
@@ -278,16 +276,15 @@ def main() -> None:
         work(arguments.worker[0], int(arguments.worker[1]), arguments.threads)
         return
     if arguments.table_only:
-        results = json.loads(RESULTS.read_text())
-    else:
-        results = run(arguments.only or list(FAMILIES), arguments.quick, arguments.threads)
+        pages.write()
+        return
+    results = run(arguments.only or list(FAMILIES), arguments.quick, arguments.threads)
     if arguments.quick or arguments.only:
         print("\n".join(page(results, plot=False)))
         return
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, PLOT)
-    PAGE.write_text("\n".join(page(results, plot=True)) + "\n")
+    pages.write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""The tables and the plot of ``benchmarks.latency``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .machine import sentence
+
+Row = dict[str, Any]
+Setting = tuple[str, str, str, str, int]
+DASH = "—"
+
+
+def sentence_of(machine: Row) -> str:
+    """One line on a machine, its GPU first."""
+    if "cuda" not in machine:
+        return sentence(machine)
+    return (
+        f"{machine['name']}, CUDA {machine['cuda']}, clocks (SM, memory), power and temperature {machine['clocks']}; "
+        + (sentence(machine))
+    )
+
+
+def tables(results: Row) -> Iterator[str]:
+    """A table for each device, mode, dtype, layout and batch."""
+    rows = [row for row in results["rows"] if "seconds" in row]
+    yield from _summary(rows)
+    for setting in dict.fromkeys(map(_setting, rows)):
+        _, mode, dtype, layout, batch = setting
+        here = [row for row in rows if _setting(row) == setting]
+        yield f"### {here[0]['machine']}: {mode}, {dtype}, {layout.replace('_', ' ')}, batch {batch}"
+        yield ""
+        yield _line(
+            "model", "keeps multiples of", "dense, ms", "compact, ms", "thin, ms", "compact / thin", "FLOPs ratio",
+            "speedup", "speedup / FLOPs ratio", "samples/s", "memory, dense, MB", "compact, MB", "spread",
+        )  # fmt: skip
+        yield _line("---", *["---:"] * 12)
+        for name in dict.fromkeys(row["model"] for row in here):
+            mine = {(row["kind"], row["multiple"]): row for row in here if row["model"] == name}
+            yield from _lines(name, mine)
+        yield ""
+    failures = [row for row in results["rows"] if "failure" in row]
+    if failures:
+        yield "### What did not run"
+        yield ""
+        for row in failures:
+            what = ", ".join(
+                str(row[key]) for key in ("kind", "device", "mode", "dtype", "layout", "batch") if key in row
+            )
+            yield f"* {row['model']} {what}: `{' '.join(row['failure'].split())[:200]}`"
+        yield ""
+
+
+def _lines(name: str, mine: dict[tuple[str, int], Row]) -> Iterator[str]:
+    dense = mine.get(("dense", 1))
+    if dense is None:
+        return
+    for (kind, multiple), row in mine.items():
+        if kind != "compact":
+            continue
+        thin = mine.get(("thin", multiple))
+        speedup, flops = dense["seconds"] / row["seconds"], dense["flops"] / row["flops"]
+        yield _line(
+            name,
+            str(multiple),
+            f"{1e3 * dense['seconds']:.2f}",
+            f"{1e3 * row['seconds']:.2f}",
+            DASH if thin is None else f"{1e3 * thin['seconds']:.2f}",
+            DASH if thin is None else f"{row['seconds'] / thin['seconds']:.2f}",
+            f"{flops:.2f}",
+            f"**{speedup:.2f}**",
+            f"{speedup / flops:.2f}",
+            f"{row['throughput']:.0f}",
+            *(DASH if r["memory"] is None else f"{r['memory'] / 1e6:.0f}" for r in (dense, row)),
+            f"{row['spread']:.0%}",
+        )
+
+
+def _summary(rows: list[Row]) -> Iterator[str]:
+    by_key = {(row["model"], row["kind"], row["multiple"], _setting(row)): row for row in rows}
+    shares = [
+        row["seconds"] / thin["seconds"]
+        for (model, kind, multiple, setting), row in by_key.items()
+        if kind == "compact" and (thin := by_key.get((model, "thin", multiple, setting))) is not None
+    ]
+    if shares:
+        near = sum(abs(share - 1) <= 0.03 for share in shares)
+        yield (
+            f"* Compact and natively thin: {near} of {len(shares)} measurements within 3 % of each other, median of "
+            f"the ratios {statistics.median(shares):.3f}, from {min(shares):.2f} to {max(shares):.2f}."
+        )
+    for multiple in sorted({row["multiple"] for row in rows if row["kind"] == "compact"}):
+        gains, part = [], []
+        for (model, kind, m, setting), row in by_key.items():
+            dense = by_key.get((model, "dense", 1, setting))
+            if kind == "compact" and m == multiple and dense is not None:
+                gains.append(dense["seconds"] / row["seconds"])
+                part.append(gains[-1] * row["flops"] / dense["flops"])
+        if gains:
+            yield (
+                f"* Multiples of {multiple}: speedup {statistics.geometric_mean(gains):.2f} in the geometric mean, "
+                f"{statistics.geometric_mean(part):.0%} of the FLOPs ratio."
+            )
+    yield ""
+
+
+def draw(results: Row, path: Path) -> bool:
+    """Speedup against the FLOPs ratio, a panel for each setting; whether there was anything to draw."""
+    rows = [row for row in results["rows"] if "seconds" in row]
+    settings = list(dict.fromkeys(map(_setting, rows)))
+    if not settings:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(settings))
+    lines = -(-len(settings) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.2 * lines), squeeze=False)
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    for axis, setting in zip(axes.flat, settings, strict=False):
+        here = [row for row in rows if _setting(row) == setting]
+        dense = {row["model"]: row for row in here if row["kind"] == "dense"}
+        for multiple in sorted({row["multiple"] for row in here if row["kind"] == "compact"}):
+            pairs = [
+                (dense[r["model"]]["flops"] / r["flops"], dense[r["model"]]["seconds"] / r["seconds"])
+                for r in here
+                if r["kind"] == "compact" and r["multiple"] == multiple and r["model"] in dense
+            ]
+            axis.plot(*zip(*pairs, strict=True), ".", label=f"multiples of {multiple}")
+        top = max(axis.get_xlim()[1], axis.get_ylim()[1])
+        axis.plot([1, top], [1, top], color="grey", linewidth=0.8)
+        axis.set(xlabel="FLOPs ratio", ylabel="speedup", title=" ".join(map(str, setting)))
+        axis.title.set_fontsize(8)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def _setting(row: Row) -> Setting:
+    return row["device"], row["mode"], row["dtype"], row["layout"], row["batch"]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
