@@ -22,7 +22,7 @@ def couple(inference: Inference, constants: str) -> Coupling:
     c = Coupling(
         constants=constants,
         facts=facts.known,
-        needed={n: v[0] if isinstance(v, list) else v for n, v in facts.needed.items()},
+        needed=facts.needed,
     )
     for node in inference.graph.fx.nodes:
         c.node = node.name
@@ -33,7 +33,7 @@ def couple(inference: Inference, constants: str) -> Coupling:
         elif node.op == "call_function":
             op = inference.op(node)
             c.labels[node] = inference.rule(node).couple(op, [c.labels_of(n) for n in op.inputs], c)
-            if not node.users and inference.graph.opaque:
+            if not node.users and inference.graph.concrete:
                 _keep(node, c, "is read where no op shows it")
         elif node.op == "output":
             for source in node.all_input_nodes:

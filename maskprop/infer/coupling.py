@@ -116,7 +116,7 @@ class Coupling:
     nonempty: list[Tensor] = field(default_factory=list)
     node: str = ""
     facts: dict[fx.Node, Any] = field(default_factory=dict)
-    needed: dict[fx.Node, Tensor] = field(default_factory=dict)
+    needed: dict[fx.Node, Any] = field(default_factory=dict)
     labels: dict[fx.Node, Any] = field(default_factory=dict)
     _bound: set[tuple[fx.Node, int]] = field(default_factory=set)
 
@@ -129,7 +129,15 @@ class Coupling:
     def needed_of(self, op: Op) -> Tensor:
         """Which elements of the op's (first) result some output depends on."""
         found = self.needed.get(op.node)
-        return torch.zeros((1,) * len(op.results[0].shape), dtype=torch.bool) if found is None else found  # type: ignore[union-attr]
+        if found is None:
+            return torch.zeros((1,) * len(op.results[0].shape), dtype=torch.bool)  # type: ignore[union-attr]
+        first: Tensor = found[0] if op.several else found
+        return first
+
+    def matters(self, op: Op) -> bool:
+        """Whether some output depends on any result of the op."""
+        found = self.needed.get(op.node)
+        return found is not None and any(bool(n.any()) for n in (found if op.several else [found]))
 
     def labels_of(self, node: fx.Node) -> Labels:
         """Labels of a value; the model's own tensors get theirs when they are first asked for."""

@@ -88,6 +88,8 @@ class Inference:
         """Derive what is needed, from outputs to inputs."""
         self.facts.needed.clear()
         for node in reversed(self.graph.fx.nodes):
+            if self.graph.concrete and not node.users and node.op == "call_function" and not self.op(node).several:
+                self._need(node, _all(node))  # Python may have read its value: no op shows that
             self.update_indirect(node)
 
     def op(self, node: fx.Node) -> Op:
@@ -145,7 +147,7 @@ class Inference:
         needed = self.facts.needed
         if node.op == "output":
             for source in node.all_input_nodes:
-                self._need(source, torch.ones((1,) * len(shape_of(source)), dtype=torch.bool))
+                self._need(source, _all(source))
             return
         if node not in needed or node.op != "call_function":
             return
@@ -180,6 +182,10 @@ class Inference:
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
         true = torch.ones((1,) * tensor.ndim, dtype=torch.bool)
         return Fact(true, squash(~keep.bool()), lambda: as_double(self.graph.value(name)).cpu() * keep, again=again)
+
+
+def _all(node: fx.Node) -> Tensor:
+    return torch.ones((1,) * len(shape_of(node)), dtype=torch.bool)
 
 
 def _none(meta: Any) -> Tensor:

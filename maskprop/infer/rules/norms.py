@@ -236,7 +236,8 @@ class Softmax(Rule):
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         axis = op.arg("dim") % len(op.shape)
         out = list(labels[0])
-        c.pin(out[axis], "is the axis of a softmax")
+        if c.matters(op):
+            c.pin(out[axis], "is the axis of a softmax")
         out[axis] = None
         return [a if a is None else c.uniform(a, [axis]) for a in out]
 
