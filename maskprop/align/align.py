@@ -37,14 +37,23 @@ class Alignment:
         labels = self.coupling.labels.get(node)
         if index is not None:
             meta, labels = meta[index], None if labels is None else labels[index]
-        shape = list(meta.shape)
+        kept = self._kept(labels)
+        return tuple(n if i >= len(kept) or kept[i] is None else _count(kept, i) for i, n in enumerate(meta.shape))
+
+    def expected_bound(self, node: fx.Node, axis: int, bound: int) -> int:
+        """Where a bound of a slice along an axis of a recorded value is in the compact model."""
+        kept = self._kept(self.coupling.labels_of(node))
+        mask = kept[axis] if kept else None
+        if mask is None:
+            return bound
+        kept[axis] = mask[(slice(None),) * axis + (slice(bound),)]
+        return _count(kept, axis) if bound else 0
+
+    def _kept(self, labels: Labels | None) -> list[Bools | None]:
+        """Which units stay, an array an axis; empty if all do."""
         if labels is None or all(a is None for a in labels):
-            return tuple(shape)
-        kept = [None if a is None else ~self.solution.leaves(a) for a in labels]
-        for axis, mask in enumerate(kept):
-            if mask is not None:
-                shape[axis] = _count(kept, axis)
-        return tuple(shape)
+            return []
+        return [None if a is None else ~self.solution.leaves(a) for a in labels]
 
 
 def align(

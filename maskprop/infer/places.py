@@ -11,6 +11,7 @@ from maskprop.graph.graph import shape_of
 from maskprop.infer.op import Op
 
 aten = torch.ops.aten
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -39,8 +40,9 @@ def bias_place(node: fx.Node) -> BiasPlace | None:
         else None
     )
     if isinstance(bias, fx.Node):
+        owner = _before_casts(bias)
         plain = op.arg("beta", 1) == 1 and op.arg("alpha", 1) == 1
-        return BiasPlace("bias", str(bias.target)) if bias.op == "get_attr" and len(bias.users) == 1 and plain else None
+        return BiasPlace("bias", str(owner.target)) if owner.op == "get_attr" and plain and _alone(owner) else None
     if node.target not in (aten.convolution.default, aten.mm.default):
         return None
     return _next_norm(node) or _next_add(node) or _new_bias(node, op)
@@ -49,12 +51,23 @@ def bias_place(node: fx.Node) -> BiasPlace | None:
 def weight_place(node: fx.Node) -> tuple[str, bool] | None:
     """The parameter that a contraction reads as its weight, and whether it is transposed on the way."""
     turned = False
-    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int) and len(node.users) == 1:
-        turned = not turned
+    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int, *_CASTS) and _alone(node):
+        turned ^= node.target not in _CASTS
         (node,) = node.all_input_nodes
     if node.op == "get_attr" and len(node.users) == 1:
         return str(node.target), turned
     return None
+
+
+def _alone(node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    """What a value was before it was cast (as autocast does), if nothing else reads it on the way."""
+    while node.target in _CASTS and _alone(node):
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _sole_user(node: fx.Node) -> fx.Node | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import QuickFakes, new_fake
 from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, plain_kernels
+from maskprop.infer.op import Op
 from maskprop.rewrite.concolic import CannotTrace, bind_arguments, header, is_plain, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
@@ -31,6 +33,9 @@ from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
+
+# What indexing with a tuple of slices, numbers and None comes out as.
+_INDEXING = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default)
 
 
 class _GiveUp(Exception):
@@ -312,6 +317,10 @@ class _Generator:
             sizes = [s[dim] for s in shapes if s is not None]
             equal = len(set(sizes)) == 1
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
+        elif name == "getitem":
+            items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            made = tuple(self._mend_slice(item, env) if isinstance(item, slice) else item for item in items)
+            node.args = (node.args[0], made)
         else:
             scalars = self.replay.numbers(want)
             numbers = [
@@ -322,6 +331,20 @@ class _Generator:
             if len(scalars) != 1 or len(numbers) != 1:
                 raise _GiveUp(f"'{node.format_node()}' holds a number that cannot be told")
             node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
+
+    def _mend_slice(self, item: slice, env: dict[fx.Node, Any]) -> slice:
+        """The slice with planned bounds in place of those that move."""
+        start, stop, step = (env[b] if isinstance(b, fx.Node) else b for b in (item.start, item.stop, item.step))
+        for op in itertools.takewhile(lambda n: n.target in _INDEXING, self.dense[self.at :]):
+            if op.target is aten.slice.Tensor:
+                call = Op(op)
+                axis, (source,) = call.arg("dim"), call.inputs
+                size = call.shapes[0][axis]
+                bounds = slice(call.arg("start"), call.arg("end"), call.arg("step")).indices(size)
+                if slice(start, stop, step).indices(size) == bounds:
+                    first, last = (self.replay.alignment.expected_bound(source, axis, b) for b in bounds[:2])
+                    return slice(item.start and first, item.stop and last, item.step)
+        return item
 
     def _mend_sizes(
         self, node: fx.Node, env: dict[fx.Node, Any], name: str, want: fx.Node, shape: Sequence[int]

@@ -34,6 +34,7 @@ _SAME = {
     aten._unsafe_view.default: aten.view.default,
     aten.reshape.default: aten.view.default,
     aten.mm.default: aten.addmm.default,
+    aten.split_with_sizes.default: aten.split.Tensor,
 }
 
 

@@ -11,6 +11,7 @@ from maskprop.infer.rules import (
     pointwise,
     reductions,
     spatial,
+    spectral,
 )
 from maskprop.infer.rules.registry import (
     Rule,
@@ -23,5 +24,5 @@ from maskprop.infer.rules.registry import (
 
 __all__ = [
     "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise",
-    "reductions", "register", "register_rule", "registered", "spatial", "unregister_rule",
+    "reductions", "register", "register_rule", "registered", "spatial", "spectral", "unregister_rule",
 ]  # fmt: skip

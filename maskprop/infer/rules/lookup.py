@@ -42,6 +42,35 @@ class Embedding(Rule):
         return [*(moved(a, lambda a: a.unsqueeze(-1)) for a in index), columns]
 
 
+@register(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+class EmbeddingBag(Rule):
+    """Sums, means or maxima of rows of a table: its columns are the result's, and a column of zeros stays zero."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
+        rest = [Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:]]
+        return Fact.zeros(all_over(facts[0].zero, [0])), *rest
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        if any(bool(n.any()) for n in needed[1:]):
+            return super().needed(op, facts, needed)
+        columns = any_over(needed[0], [0])
+        return [columns, *(torch.full((1,) * len(shape), bool(columns.any())) for shape in op.shapes[1:])]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
+        table, *others = labels
+        for array in others:
+            c.pin_all(array, "says what an embedding bag sums")
+        c.pin(table[0], "is looked up by index")
+        columns = c.uniform(table[1], [0])
+        width = op.shapes[0][1]
+        return tuple(
+            [columns if i == 1 and n == width else None for i, n in enumerate(m.shape)] if m is not None else []
+            for m in op.results
+        )
+
+
 class _Lookup(Rule):
     """Shared by index ops: some axes of the source are looked up, the others pass in order."""
 

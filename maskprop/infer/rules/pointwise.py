@@ -133,7 +133,7 @@ class Select(Pointwise):
         if condition.plain and condition.known.numel() == 1 and torch.Size(op.shape).numel() > EAGER_LIMIT:
             return Fact.unknown(len(op.shape))
         if not condition.total:
-            return super().known(op, facts)
+            return self._whichever(op, facts)
         others = [f for f in (yes, no) if f is not None]
         if all(f.nothing for f in others) and len(others) == 2:
             return Fact.unknown(len(op.shape))
@@ -141,8 +141,19 @@ class Select(Pointwise):
         known = torch.where(true, torch.ones((), dtype=torch.bool) if yes is None else yes.known, no.known)
         return self._fact(op, facts, known, None)
 
-    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        return [reduce_to(needed[0], shape) for shape in op.shapes]
+    def _whichever(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        """Where both sides are one and the same known number, the condition does not count."""
+        _, yes, no = self._sides(op, facts)
+        if no.nothing or (yes is not None and yes.nothing):
+            return super().known(op, facts)
+        number = torch.as_tensor(op.arg("value")).to(no.value().dtype) if yes is None else yes.value()
+        known = no.known & (number == no.value())
+        if yes is not None:
+            known = known & yes.known
+        if not bool(known.any()):
+            return super().known(op, facts)
+        value = torch.where(known, no.value(), torch.zeros((), dtype=no.value().dtype))
+        return Fact.of_value(*(lead(t, len(op.shape)) for t in (value, known)))
 
     def _sides(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, Fact | None, Fact]:
         if op.target is aten.where.self:
