@@ -208,7 +208,7 @@ class RandomNet(nn.Module):
         return self.layer(self.r.choice([nn.BatchNorm1d, nn.LayerNorm])(c), i)
 
     def attention(self, i: int) -> int:
-        t, c = self.shapes[i]
+        _, c = self.shapes[i]
         heads = self.r.choice([1, 2, 4])
         groups = self.divisor(heads, 1, 2, 4)
         kind = self.r.choice([Attention, FusedAttention])
@@ -564,6 +564,12 @@ def random_masks(model: nn.Module, r: random.Random) -> dict[str, Tensor]:
             keep = kept(p.shape[axis], r.random() < together).double()
             masks[name] = keep.reshape([-1 if d == axis else 1 for d in range(p.ndim)])
             bias = name.removesuffix("weight") + "bias"
-            if axis == 0 and bias != name and bias in parameters and len(parameters[bias]) == len(keep) and r.random() < 0.6:
+            if (
+                axis == 0
+                and bias != name
+                and bias in parameters
+                and len(parameters[bias]) == len(keep)
+                and r.random() < 0.6
+            ):
                 masks[bias] = keep.clone()
     return masks

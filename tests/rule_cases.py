@@ -42,6 +42,11 @@ def sizes(n: int, r: random.Random, low: int, high: int) -> list[int]:
     return [r.randint(low, high) for _ in range(n)]
 
 
+def given(tensor: torch.Tensor) -> Arg:
+    """An input that is always this one."""
+    return Arg(tuple(tensor.shape), "given", content=tensor)
+
+
 def shrunk(target: OpOverload, kwargs: dict[str, Any], args: Callable[[Smaller], tuple[Any, ...]]) -> Any:
     """A ``shrink`` that makes the positional arguments from the smaller shapes."""
 
@@ -483,6 +488,109 @@ def index(r: random.Random, target: OpOverload) -> Case:
     to = shape(r, 0, 2)
     indices = [Arg(to, "index", full[d]) if d in where else None for d in range(max(where) + 1)]
     return Case(target, (Arg(full), indices))
+
+
+@case(aten._embedding_bag.default, aten._embedding_bag_forward_only.default)
+def embedding_bag(r: random.Random, target: OpOverload) -> Case:
+    rows, columns, bags = sizes(3, r, 2, 4)
+    offsets = given(torch.arange(bags) * 2)
+    args = (Arg((rows, columns), "weight", name="weight"), Arg((2 * bags,), "index", rows), offsets)
+    return Case(target, (*args, False, r.randint(0, 2)))
+
+
+@case(
+    aten.scatter.src, aten.scatter_add.default, aten.scatter.value, aten.scatter.reduce, aten.scatter.value_reduce,
+    aten.scatter_reduce.two,
+)  # fmt: skip
+def scatter(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dim = r.randrange(-len(full), len(full))
+    written = tuple(r.randint(1, n) if r.random() < 0.3 else n for n in full)
+    index = tuple(r.randint(1, n) if r.random() < 0.2 else n for n in written)
+    src: tuple[Any, ...] = (r.choice([0.0, 1.5]),) if "value" in target._overloadname else (Arg(written),)
+    how: dict[str, Any] = {"reduce": r.choice(["add", "multiply"])} if "reduce" in target._overloadname else {}
+    if target is aten.scatter_reduce.two:
+        src, how = (Arg(written), r.choice(["sum", "prod", "mean", "amax", "amin"])), {"include_self": r.random() < 0.5}
+    # an index may name a place once only, or which value is written last is not defined
+    once = target in (aten.scatter.src, aten.scatter.value)
+    return Case(
+        target, (Arg(full), dim, _places(r, index, dim, full) if once else Arg(index, "index", full[dim]), *src), how
+    )
+
+
+def _places(r: random.Random, index: Shape, dim: int, full: Shape) -> Arg:
+    """Other places along an axis at each position of the others."""
+    draw = torch.Generator().manual_seed(r.getrandbits(32))
+    count = list(index)
+    count[dim] = full[dim]
+    return given(torch.rand(count, generator=draw).argsort(dim).narrow(dim, 0, index[dim]))
+
+
+@case(aten.index_add.default, aten.index_copy.default)
+def index_write(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dim = r.randrange(-len(full), len(full))
+    count = r.randint(1, full[dim])
+    written = list(full)
+    written[dim] = count
+    return Case(target, (Arg(full), dim, given(torch.tensor(r.sample(range(full[dim]), count))), Arg(tuple(written))))
+
+
+@case(aten.index_put.default, aten._unsafe_index_put.default)
+def index_put(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    where = sorted(r.sample(range(len(full)), r.randint(1, len(full))))
+    count = r.randint(1, min(full[d] for d in where))
+    index = [torch.tensor(r.sample(range(full[d]), count)) if d in where else None for d in range(max(where) + 1)]
+    if r.random() < 0.3:
+        index, where, count = [torch.arange(full[0]) % 2 == 0], [0], -(-full[0] // 2)
+    written = torch.empty(full)[tuple(slice(None) if i is None else i for i in index)].shape
+    indices = [None if i is None else given(i) for i in index]
+    return Case(target, (Arg(full), indices, Arg(partner(r, tuple(written))), r.random() < 0.5))
+
+
+@case(aten._fft_c2c.default, aten._fft_c2r.default)
+def complex_transform(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dims = r.sample(range(len(full)), r.randint(1, len(full)))
+    last = r.choice([True, False]) if target is aten._fft_c2c.default else full[dims[-1]]
+    return Case(target, (Arg(full, "complex"), dims, 0, last))
+
+
+@case(aten._fft_r2c.default)
+def real_transform(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    return Case(target, (Arg(full), r.sample(range(len(full)), r.randint(1, len(full))), 0, r.random() < 0.5))
+
+
+@case(aten.view_as_real.default)
+def as_real(r: random.Random, target: OpOverload) -> Case:
+    return Case(target, (Arg(shape(r), "complex"),))
+
+
+@case(aten.view_as_complex.default)
+def as_complex(r: random.Random, target: OpOverload) -> Case:
+    return Case(target, (Arg((*shape(r), 2)),))
+
+
+@case(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def grid_sample(r: random.Random, target: OpOverload) -> Case:
+    n = _rank(target)
+    x = _image(r, n)
+    grid = Arg((x[0], *sizes(n, r, 1, 3), n))
+    return Case(target, (Arg(x), grid, r.randint(0, 1), r.randint(0, 2), r.random() < 0.5))
+
+
+@case(aten.max_unpool2d.default, aten.max_unpool3d.default)
+def max_unpool(r: random.Random, target: OpOverload) -> Case:
+    n = _rank(target)
+    x = _image(r, n, 2)
+    space = [2 * size for size in x[2:]]
+    places = _places(r, (*x[:2], math.prod(x[2:])), 2, (*x[:2], math.prod(space))).content
+    assert places is not None
+    places = given(places.reshape(x))
+    more = () if n == 2 else ([2] * n, [0] * n)
+    return Case(target, (Arg(x), places, space, *more))
 
 
 @case(aten.index_select.default)

@@ -46,7 +46,8 @@ class Arg:
         shape: its shape.
         role: ``"value"`` (an activation), ``"weight"`` (a parameter, known and partly masked), ``"positive"``
             (a parameter that is nowhere zero or negative), ``"divisor"`` (an activation that is nowhere zero),
-            ``"index"`` (integers below ``high``), ``"bool"``, ``"rows"`` (a softmax's result).
+            ``"index"`` (integers below ``high``), ``"bool"``, ``"rows"`` (a softmax's result), ``"complex"``,
+            ``"given"`` (``content``, always).
         name: of the parameter behind it.
     """
 
@@ -54,6 +55,7 @@ class Arg:
     role: str = "value"
     high: int = 0
     name: str = ""
+    content: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,10 @@ class Trial:
             return torch.randint(0, arg.high, arg.shape, generator=self.generator)
         if arg.role == "bool":
             return self._coin(arg.shape)
+        if arg.content is not None:
+            return arg.content
+        if arg.role == "complex":
+            return torch.complex(self._rand(arg.shape), self._rand(arg.shape))
         value = self._rand(arg.shape)
         if arg.role in ("positive", "divisor"):
             return value.abs() + 0.1
@@ -204,13 +210,15 @@ class Trial:
         """The inputs with other numbers wherever they are not needed."""
         found = []
         for x, n, arg in zip(inputs, needed, self.case.tensors, strict=True):
-            other = self._random(Arg(tuple(x.shape), arg.role, arg.high))
+            other = x if arg.content is not None else self._random(Arg(tuple(x.shape), arg.role, arg.high))
             found.append(torch.where(n.expand(arg.shape) if n.shape != x.shape else n, x, other))
         return found
 
 
 def _dtype(arg: Arg) -> torch.dtype:
-    return {"index": torch.int64, "bool": torch.bool}.get(arg.role, torch.float64)
+    if arg.content is not None:
+        return arg.content.dtype
+    return {"index": torch.int64, "bool": torch.bool, "complex": torch.complex128}.get(arg.role, torch.float64)
 
 
 def _listed(result: Any) -> list[Any]:
@@ -219,7 +227,7 @@ def _listed(result: Any) -> list[Any]:
 
 def _close(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise equality up to rounding."""
-    if not a.is_floating_point():
+    if not a.is_floating_point() and not a.is_complex():
         return a == b
     return torch.isclose(a, b, rtol=1e-8, atol=1e-10, equal_nan=True)
 
@@ -300,7 +308,7 @@ def check_couple(rule: Rule, trial: Trial) -> int:
     first, *others = some_needed(trial)
     needed = [first, *(n & False for n in others)]  # rules see the neededness of the first result
     facts = dict(zip(op.inputs, trial.facts, strict=True))
-    c = Coupling(facts=facts, needed={op.node: first}, node=op.node.name)
+    c = Coupling(facts=facts, needed={op.node: needed if op.several else first}, node=op.node.name)
     for node, arg in zip(op.inputs, case.tensors, strict=True):
         c.labels[node] = _random_labels(trial, node, arg, c)
     out = rule.couple(op, [c.labels_of(n) for n in op.inputs], c)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
@@ -20,7 +20,7 @@ from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
 
-# Relative L2 error that rounding alone explains, by the coarsest dtype of the outputs.
+# Relative L2 error that rounding alone explains, by the coarsest dtype on the way to an output.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -83,6 +83,7 @@ class Reference:
     def __init__(self, graph: Graph, values: Values, batches: Sequence[Inputs]) -> None:
         self.batches = list(batches)
         self.paths = graph.output_paths
+        self.coarsest = _coarsest(graph)
         self.outputs = [outputs_of(graph, values, [t for _, t in tensors_in(b)]) for b in self.batches]
 
     def compare(self, run: Callable[[Inputs], list[tuple[str, Tensor]]]) -> Check:
@@ -97,7 +98,7 @@ class Reference:
             if len(got) != len(wanted):
                 return Check("the number of outputs", float("inf"), 0.0)
             for path, (_, actual), expected in zip(self.paths, got, wanted, strict=True):
-                check = _check(path, actual, expected)
+                check = _check(path, actual, expected, self.coarsest)
                 if check.error - check.tolerance > worst.error - worst.tolerance or not worst.output:
                     worst = check
         return worst
@@ -163,14 +164,31 @@ def compare_outputs(actual: Sequence[tuple[str, Tensor]], expected: Sequence[tup
     return [_check(path or "output", a, e) for (_, a), (path, e) in zip(actual, expected, strict=True)]
 
 
-def _check(path: str, actual: Tensor, expected: Tensor) -> Check:
+def _coarsest(graph: Graph) -> float:
+    """The tolerance of the coarsest dtype that anything on the way from the inputs is rounded to."""
+    depends: set[fx.Node] = set()
+    found = 0.0
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            depends.add(node)
+        elif node.op == "call_function" and not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            metas = node.meta["tensor"]
+            for meta in metas if isinstance(metas, tuple) else (metas,):
+                found = max(found, 0.0 if meta is None else TOLERANCE.get(meta.dtype, 0.0))
+    return found
+
+
+def _check(path: str, actual: Tensor, expected: Tensor, coarsest: float = 0.0) -> Check:
+    """Compare two tensors; ``coarsest`` is the tolerance for what they were computed from, if that was rounded more."""
     path = path or "output"
     tolerance = TOLERANCE.get(expected.dtype, 0.0)
+    tolerance = max(tolerance, coarsest) if tolerance else 0.0
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return Check(path, float("inf"), tolerance)
     if not expected.is_floating_point():
         if expected.is_complex():
-            return _check(path, torch.view_as_real(actual), torch.view_as_real(expected))
+            return _check(path, torch.view_as_real(actual), torch.view_as_real(expected), coarsest)
         return Check(path, float((actual != expected).double().mean()) if expected.numel() else 0.0, tolerance)
     a, b = actual.double(), expected.double()
     same = a.isfinite() & b.isfinite()

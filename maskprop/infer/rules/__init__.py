@@ -10,6 +10,7 @@ from maskprop.infer.rules import (
     norms,
     pointwise,
     reductions,
+    scatter,
     spatial,
     spectral,
 )
@@ -24,5 +25,5 @@ from maskprop.infer.rules.registry import (
 
 __all__ = [
     "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise",
-    "reductions", "register", "register_rule", "registered", "spatial", "spectral", "unregister_rule",
+    "reductions", "register", "register_rule", "registered", "scatter", "spatial", "spectral", "unregister_rule",
 ]  # fmt: skip

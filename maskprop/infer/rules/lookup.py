@@ -130,17 +130,31 @@ class _Lookup(Rule):
         return [moved(a, lambda t: self._pass(t, axes)) for a in passing]
 
 
+def looked_up(indices: Sequence[fx.Node | None]) -> tuple[list[int], int] | None:
+    """Of ``x[indices]``: the axes of ``x`` that are looked up, and where the index's axes stand in the result.
+
+    A bool index of n axes looks up n axes, and stands for one. ``None`` where one is mixed with other indices.
+    """
+    looked: list[int] = []
+    at = 0
+    for index in indices:
+        meta = None if index is None else index.meta["tensor"]
+        taken = len(meta.shape) if meta is not None and meta.dtype in (torch.bool, torch.uint8) else 1
+        if meta is not None:
+            looked += range(at, at + taken)
+        at += taken
+    if len(looked) > 1 and sum(i is not None for i in indices) > 1 and at != len(indices):
+        return None
+    contiguous = looked == list(range(looked[0], looked[-1] + 1))
+    return looked, looked[0] if contiguous else 0
+
+
 @register(aten.index.Tensor, aten._unsafe_index.Tensor)
 class Index(_Lookup):
     """``x[i, :, j]`` with index tensors."""
 
     def _plan(self, op: Op) -> tuple[list[int], int] | None:
-        indices: list[fx.Node | None] = list(op.arg("indices"))
-        if any(i is not None and i.meta["tensor"].dtype in (torch.bool, torch.uint8) for i in indices):
-            return None
-        looked = [i for i, index in enumerate(indices) if index is not None]
-        contiguous = looked == list(range(looked[0], looked[-1] + 1))
-        return looked, looked[0] if contiguous else 0
+        return looked_up(op.arg("indices"))
 
 
 @register(aten.index_select.default)

@@ -238,8 +238,8 @@ class Softmax(Rule):
         out = list(labels[0])
         if c.matters(op):
             c.pin(out[axis], "is the axis of a softmax")
-        out[axis] = None
-        return [a if a is None else c.uniform(a, [axis]) for a in out]
+            out[axis] = None
+        return [a if d == axis else c.uniform(a, [axis]) for d, a in enumerate(out)]
 
 
 def _rows_are_open(op: Op) -> bool:

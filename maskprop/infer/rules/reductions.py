@@ -50,6 +50,10 @@ class Reduction(Rule):
     def _keeps_axes(self, op: Op, result: TensorMeta) -> bool:
         return len(result.shape) == len(op.shapes[0])
 
+    def _folds(self, op: Op, dim: int) -> bool:
+        """Whether the results do not have the axis any more: a scan, say, has."""
+        return all(m is None or not self._keeps_axes(op, m) or m.shape[dim] == 1 for m in op.results)
+
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact = facts[0]
         if fact.total:
@@ -88,7 +92,7 @@ class Reduction(Rule):
                 self._terminate(op, labels[0][d], c)
             elif op.target is aten.mean.dim and len(dims) == 1 and labels[0][d] is not None:
                 c.mean_of_squares(labels[0][d], ~c.facts_of(op)[0].zero, scale_place(op.node))
-            elif c.matters(op):
+            elif c.matters(op) or not self._folds(op, d):
                 c.pin(labels[0][d], "is reduced over here")
         passing = [None if i in dims else c.uniform(a, dims) for i, a in enumerate(labels[0])]
         folded = [moved(a, lambda t: t.squeeze(dims)) for i, a in enumerate(passing) if i not in dims]

@@ -126,6 +126,39 @@ class ConstantPad(PerChannel):
         return bool((~known | (value == op.arg("value", 0))).all())
 
 
+@register(
+    aten.grid_sampler_2d.default, aten.grid_sampler_3d.default, aten.max_unpool2d.default, aten.max_unpool3d.default,
+)  # fmt: skip
+class Resample(Rule):
+    """Positions of each channel read or written where another input says: a channel of zeros stays one."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        if all(f.total for f in facts):
+            return evaluate(op, facts)
+        return Fact.zeros(all_over(facts[0].zero, range(2, len(op.shape))))
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        y = any_over(needed[0], range(2, needed[0].ndim))
+        if "unpool" in op.target._schema.name:  # each channel has positions of its own
+            return [y, y]
+        return [y, torch.full((1,) * len(op.shapes[1]), bool(y.any()))]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        space = range(2, len(op.shape))
+        for given in labels:
+            for d in space:
+                c.pin(given[d], "is a spatial axis")
+        batch, channels = (
+            c.uniform(a, [d for d in range(len(op.shape)) if d != i]) for i, a in enumerate(labels[0][:2])
+        )
+        batch = c.equal(batch, labels[1][0]) if batch is not None or labels[1][0] is not None else None
+        if "unpool" in op.target._schema.name:
+            channels = c.equal(channels, labels[1][1])
+        else:
+            c.pin(labels[1][1], "is a spatial axis")
+        return [batch, channels, *(None for _ in space)]
+
+
 @register(aten.im2col.default)
 class Im2col(Rule):
     """``(N, C, H, W) -> (N, C * kh * kw, L)``: each channel becomes a run of kh * kw rows."""
