@@ -31,7 +31,7 @@ from maskprop.rewrite.edits import Edits, tensor_of
 from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
-from maskprop.rewrite.verify import Reference, first_difference, fresh_inputs, run_model, run_read
+from maskprop.rewrite.verify import Reference, another_batch, first_difference, fresh_inputs, run_model, run_read
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class ModelSpeedup:
         masks_file: a path or a dict of masks, 1 = keep (see :func:`maskprop.load_masks`); ``None`` takes the model's
             own ``torch.nn.utils.prune`` masks and makes them permanent.
         map_location: device for masks from a file.
-        batch_dim: the axis of the inputs that is the batch; it never shrinks. Kept for NNI's callers: no axis of an
-            input shrinks.
+        batch_dim: the axis of the inputs that is the batch: generated forwards are verified at another size of it.
         confidence: random points at which an op without a rule is probed.
         customized_replacers: objects with ``replace_modules(speedup)``, called before anything else is rewritten.
         customized_replace_func: module type (or class name) -> function of
@@ -303,7 +302,25 @@ class ModelSpeedup:
     ) -> tuple[Alignment, VerifyError | None]:
         with self._stage("rewrite"):
             done = repair.run(alignment)
-        return done, None if reference is None else self._compare(reference, repair.edits, done)
+        problem = None if reference is None else self._compare(reference, repair.edits, done)
+        if reference is not None and problem is None and repair.generated:
+            another = self._other_reference(repair.edits)
+            problem = None if another is None else self._compare(another, repair.edits, done)
+        return done, problem
+
+    def _other_reference(self, edits: Edits) -> Reference | None:
+        """The masked model at another batch size, if it takes one: a generated forward must hold there too."""
+        if self.read is not None or self.masks.activations:
+            return None
+        inputs = another_batch(self.inputs, self.batch_dim)
+        with self._stage("verify"), edits.suspended():
+            try:
+                graph = trace(self.model, inputs, self.tracer)
+                batch = fresh_inputs(inputs, self.generator)
+                return Reference(graph, masked_values(graph, self.inference.masks), [batch])
+            except Exception as error:  # whatever a model raises for inputs that it is not made for
+                log.info("the model does not run at another batch size: %s: %s", type(error).__name__, error)
+                return None
 
     def _compare(self, reference: Reference, edits: Edits, alignment: Alignment) -> VerifyError | None:
         """What the comparison with the masked model says; without exact constants, a difference is no problem."""

@@ -44,6 +44,7 @@ class Graph:
         state: tensors behind the ``get_attr`` nodes, by target.
         aliases: other names of the same parameter or buffer -> the name used here.
         concrete: whether real values were computed (the branch taken is then this input's).
+        opaque: whether a tensor turned up that no recorded op made (``forward`` may have left torch in between).
         mutated: buffers that ``forward`` writes to.
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
@@ -55,6 +56,7 @@ class Graph:
     state: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
     concrete: bool = False
+    opaque: bool = False
     mutated: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)

@@ -237,6 +237,7 @@ class Recorder(TorchDispatchMode):
         if name is None:
             name = f"_constant{len(self.graph.state)}"
             self.graph.state[name] = tensor
+            self.graph.opaque |= self.graph.concrete
         node = self._states.get(name)
         if node is None:
             owner = found[1] if found else tensor

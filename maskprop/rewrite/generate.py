@@ -13,6 +13,7 @@ import copy
 import functools
 import itertools
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -365,8 +366,28 @@ class _Generator:
         for size, planned, before in zip(sizes, shape, dense, strict=True):
             actual = env[size] if isinstance(size, fx.Node) else size
             keep = actual == planned or (actual == -1 and (planned == before or name == "expand"))
-            made.append(size if keep else planned)
+            made.append(size if keep else self._in_proportion(size, planned, node, env))
         node.args = (*head, made) if packed else (*head, *made)
+
+    def _in_proportion(self, size: Any, planned: int, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """The planned size; of one that is computed, as ``batch * 4`` is, the same part at every batch size."""
+        if not isinstance(size, fx.Node) or _reads_shape(size) or not env[size]:
+            return planned
+        with self.forward.inserting_before(node):
+            product = self.forward.call_function(operator.mul, (size, planned))
+            part = self.forward.call_function(operator.floordiv, (product, env[size]))
+        env[product], env[part] = env[size] * planned, planned
+        return part
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether a node is one size of a tensor, as it is."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    if node.target == "size":
+        return len(node.args) > 1
+    if node.target is not operator.getitem or source is None:
+        return False
+    return source.target == "size" or (source.target is getattr and source.args[1] == "shape")
 
 
 def _attention_scale(ops: Sequence[fx.Node]) -> float:

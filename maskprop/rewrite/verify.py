@@ -56,6 +56,18 @@ def fresh_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
     return found
 
 
+def another_batch(inputs: Inputs, dim: int) -> Inputs:
+    """The inputs with one more along the batch axis, wherever that is as long as in the first of them."""
+    sizes = [t.shape[dim] for _, t in tensors_in(inputs) if t.ndim > dim]
+
+    def longer(t: Tensor) -> Tensor:
+        return torch.cat([t, t.narrow(dim, 0, 1)], dim) if t.ndim > dim and t.shape[dim] == sizes[0] else t
+
+    made: dict[int, Tensor] = {}
+    found: Inputs = map_tensors(inputs, lambda t: made[id(t)] if id(t) in made else made.setdefault(id(t), longer(t)))
+    return found
+
+
 def run_model(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     """Outputs in evaluation mode, the model left as it was."""
     with frozen_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
