@@ -136,6 +136,11 @@ def convert(r: random.Random, target: OpOverload) -> Case:
     return Case(target, (Arg(shape(r), r.choice(["value", "bool"])), torch.float64))
 
 
+@case(aten.fill.Tensor)
+def fill_tensor(r: random.Random, target: OpOverload) -> Case:
+    return Case(target, (Arg(shape(r)), Arg(())), exact=True)
+
+
 @case(aten.copy.default)
 def copy(r: random.Random, target: OpOverload) -> Case:
     full = shape(r)
@@ -776,7 +781,8 @@ def count_nonzero(r: random.Random, target: OpOverload) -> Case:
     return Case(target, (Arg(full), _some_dims(r, full) or [0]))
 
 
-@case(aten.sort.default, aten.cumsum.default)
+@case(aten.sort.default, aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
+@case(aten.cummax.default, aten.cummin.default)
 def scan(r: random.Random, target: OpOverload) -> Case:
     full = shape(r, 1)
     return Case(target, (Arg(full), r.randrange(-len(full), len(full))))

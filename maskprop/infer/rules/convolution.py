@@ -198,7 +198,7 @@ class Convolution(Rule):
         read = self._read_inputs(self._pattern(weight, op), outputs, channels, groups).expand(channels)
         live = read & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
         if weight.total and not x.total and c.constants != "drop":
-            found = _constants(x, live, channels, groups, ragged)
+            found = unit_constants(x, live, channels, groups, ragged)
             carrier = ragged or found[0].ndim > 1
             kind = (
                 "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_place(op.inputs[1]) else None)
@@ -207,7 +207,7 @@ class Convolution(Rule):
                 kind = "bias"
             constant, foldable = found
             if kind == "carrier" and not ragged and groups == 1 and bias_place(op.node):
-                offset = _constants(x, live, channels, groups, ragged, besides=True)[1]
+                offset = unit_constants(x, live, channels, groups, ragged, besides=True)[1]
                 kind, foldable = ("both", offset) if bool((offset & ~foldable).any()) else (kind, foldable)
             if kind is not None and bool(foldable.any()):
                 c.contractions.append(Contraction(op, labels, constant, foldable, kind, groups))
@@ -236,7 +236,7 @@ def channel_value(x: Fact) -> Tensor:
     return v.movedim(1, 0).reshape(v.shape[1], -1)[:, 0]
 
 
-def _constants(
+def unit_constants(
     x: Fact, live: Tensor, channels: int, groups: int, ragged: bool, besides: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Each channel's constant, and whether it can be stood for: uniform, or in proportion to one map a group.

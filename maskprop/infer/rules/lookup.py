@@ -180,7 +180,10 @@ class Gather(Rule):
         if all(f.total for f in facts):
             return evaluate(op, facts)
         dim, partly = self._axes(op)
-        return Fact.zeros(all_over(facts[0].zero, [dim, *partly]))
+        source = facts[0]
+        if not source.nothing and all(source.known.shape[i] == source.value().shape[i] == 1 for i in (dim, *partly)):
+            return source.map(lambda t: t)  # the same wherever it is looked up
+        return Fact.zeros(all_over(source.zero, [dim, *partly]))
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         (source, index), (dim, partly) = labels, self._axes(op)

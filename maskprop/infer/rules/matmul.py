@@ -21,6 +21,7 @@ from maskprop.infer.coupling import Contraction, Coupling, Labels
 from maskprop.infer.facts import Fact, any_over, bool_matmul, broadcast_shape, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.rules.convolution import unit_constants
 from maskprop.infer.rules.pointwise import broadcast_labels
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
@@ -140,17 +141,23 @@ class MatMul(Rule):
         # live[.., 1, k]: some needed result reads a term through k that may not be zero
         live = any_over(bool_matmul(read, (~b.zero).transpose(-1, -2)) & ~a.zero, [a.zero.ndim - 2])
         live = live.expand(*live.shape[:-1], op.shapes[o.a][-1])
-        constant = a.known & live
         if c.constants == "drop":
             live = live & ~a.known
-        elif b.total and not a.total and len(op.shape) == 2 and constant.shape[0] == 1 and bool(constant.any()):
-            kind = "bias" if bias_place(op.node) else "carrier" if weight_place(op.inputs[o.b]) else None
-            if kind is not None and a.value().shape[0] == 1:
-                value = torch.where(constant, a.value(), 0.0).reshape(-1)
-                c.contractions.append(Contraction(op, labels.reshape(-1), value, constant.reshape(-1), kind))
-                live = live & ~constant
+        elif b.total and not a.total and len(op.shape) == 2 and live.shape[0] == 1:
+            live = live & ~self._leave_constants(op, labels, a, live.reshape(-1), c)
         shape = broadcast_shape(live.shape, labels.shape)
         c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
+
+    def _leave_constants(self, op: Op, labels: Tensor, a: Fact, live: Tensor, c: Coupling) -> Tensor:
+        """Which live units are the same for every input and have a place for what they leave behind."""
+        columns = a.map(lambda t: t.transpose(0, 1).unsqueeze(0))  # units as channels, rows as space
+        constant, foldable = unit_constants(columns, live, len(live), 1, False)
+        weight = weight_place(op.inputs[_OPERANDS[op.target].b])
+        kind = "bias" if constant.ndim == 1 and bias_place(op.node) else "carrier" if weight else None
+        if kind is None or not bool(foldable.any()):
+            return torch.zeros_like(live)
+        c.contractions.append(Contraction(op, labels.reshape(-1), constant, foldable, kind))
+        return foldable
 
 
 def _product(a: Fact, b: Fact, length: int) -> Fact:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, any_over, broadcast_shape, lead, reduce_to
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, lead, reduce_to, spread, squash
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
-from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
 
 aten = torch.ops.aten
 
@@ -99,8 +99,11 @@ class GroupNorm(Rule):
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         if all(f.total for f in facts):
             return evaluate(op, facts)
-        ndim = len(op.shapes[0])
-        return _affine_only(op, facts, ndim).map(lambda t: _on_channels(t, ndim)), *_statistics(op)
+        ndim, count, groups = len(op.shapes[0]), op.shapes[0][1], op.arg("group")
+        affine = _affine_only(op, facts, ndim).map(lambda t: _on_channels(t, ndim))
+        whole = all_over(facts[0].known, [0, *range(2, ndim)]).expand(1, count, *[1] * (ndim - 2)).reshape(groups, -1)
+        known = _on_channels(whole.all(1, keepdim=True).expand_as(whole).reshape(-1), ndim)
+        return _normalised(op, facts, known, range(ndim), affine), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):
@@ -140,6 +143,27 @@ def _affine_only(op: Op, facts: Sequence[Fact], ndim: int) -> Fact:
     return Fact.of_value(torch.where(weight.zero, bias.value(), 0.0), weight.zero)
 
 
+def _normalised(op: Op, facts: Sequence[Fact], known: Tensor, axes: Sequence[int], affine: Fact) -> Fact:
+    """What is known of the result: where all that a statistic is taken over is known, or by the affine alone.
+
+    Args:
+        op: the norm.
+        facts: of its inputs.
+        known: where the first result is known for the first reason.
+        axes: that the op needs at full size to be run.
+        affine: what is known for the other reason.
+    """
+    x, *others = facts
+    size = torch.Size(n if d in axes else 1 for d, n in enumerate(op.shapes[0])).numel()
+    if not bool(known.any()) or not all(f.total for f in others) or size > EAGER_LIMIT:
+        return affine
+    full = spread(x.value(), axes, op.shapes[0]).contiguous()
+    result = op.run(full, *(f.value().expand(s) for f, s in zip(others, op.shapes[1:], strict=True)))[0]
+    value = torch.where(known, as_double(result), affine.value())
+    either = known | affine.known
+    return Fact.of_value(squash(torch.where(either, value, 0.0)), either)
+
+
 def _any(needed: Sequence[Tensor]) -> bool:
     return any(bool(n.any()) for n in needed)
 
@@ -161,7 +185,9 @@ class LayerNorm(Rule):
         if all(f.total for f in facts):
             return evaluate(op, facts)
         ndim = len(op.shapes[0])
-        return _affine_only(op, facts, ndim).map(lambda t: lead(t, ndim)), *_statistics(op)
+        affine = _affine_only(op, facts, ndim).map(lambda t: lead(t, ndim))
+        known = all_over(facts[0].known, self._axes(op))
+        return _normalised(op, facts, known, self._axes(op), affine), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):
@@ -228,6 +254,11 @@ class Softmax(Rule):
         axis = op.arg("dim") % len(op.shape)
         safe = op.target is aten._safe_softmax.default
         sums = op.target is not aten._log_softmax.default and (not safe or _rows_are_open(op))
+        known = all_over(facts[0].known, [axis])
+        if bool(known.any()):
+            value = op.run(spread(facts[0].value(), [axis], op.shape).contiguous())
+            value = torch.where(known, as_double(value), 0.0)
+            return Fact.of_value(value, known.expand(value.shape)).with_rows(axis if sums else None)
         return Fact.unknown(len(op.shape), axis if sums else None)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:

@@ -193,6 +193,7 @@ for _target in (aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tenso
 for _target in (aten._to_copy.default, torch.ops.prims.convert_element_type.default):
     register_rule(_target, Cast())
 register_rule(aten.copy.default, Copy())
+register_rule(aten.fill.Tensor, Copy())
 for _target in (aten.hardswish.default, aten.rsub.Tensor, aten.floor_divide.default, aten.complex.default):
     register_rule(_target, POINTWISE)  # which torch forgot to tag
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 # Which result says where an element was found.
 _POSITIONS = {
     "aten::argmax": 0, "aten::argmin": 0, "aten::max": 1, "aten::min": 1, "aten::median": 1, "aten::sort": 1,
-    "aten::topk": 1,
+    "aten::topk": 1, "aten::cummax": 1, "aten::cummin": 1,
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ _POSITIONS = {
     aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim, aten.count_nonzero.dim_IntList,
         aten.max.default, aten.min.default,
     aten.any.dims, aten.all.dims, aten.sort.default, aten.topk.default, aten.cumsum.default, aten.median.dim,
+    aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
 )  # fmt: skip
 class Reduction(Rule):
     """Any op that folds axes ``dim`` (all of them by default), and scans and sorts along one axis."""
