@@ -549,6 +549,9 @@ def index_put(r: random.Random, target: OpOverload) -> Case:
     index = [torch.tensor(r.sample(range(full[d]), count)) if d in where else None for d in range(max(where) + 1)]
     if r.random() < 0.3:
         index, where, count = [torch.arange(full[0]) % 2 == 0], [0], -(-full[0] // 2)
+    if r.random() < 0.3:
+        mask = Arg(full[: r.randint(1, len(full))], "bool")
+        return Case(target, (Arg(full), [mask], Arg(r.choice([(), (1,)])), r.random() < 0.5))
     written = torch.empty(full)[tuple(slice(None) if i is None else i for i in index)].shape
     indices = [None if i is None else given(i) for i in index]
     return Case(target, (Arg(full), indices, Arg(partner(r, tuple(written))), r.random() < 0.5))
@@ -875,6 +878,13 @@ def _windows(r: random.Random) -> tuple[list[list[int]], list[int], int]:
         for n, k, d, p, s in zip(space, kernel, dilation, padding, stride, strict=True)
     ]
     return [kernel, dilation, padding, stride], space, math.prod(fit)
+
+
+@case(aten.unfold.default)
+def windows(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dim = r.randrange(-len(full), len(full))
+    return Case(target, (Arg(full), dim, r.randint(1, full[dim]), r.randint(1, 2)), exact=True)
 
 
 @case(aten.im2col.default)

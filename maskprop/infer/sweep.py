@@ -174,7 +174,8 @@ class Inference:
     def _state_fact(self, name: str) -> Fact:
         tensor = self.graph.state[name]
         mask = self.masks.get(name)
-        if mask is None and name.startswith("_activation_mask"):
+        number = name.startswith("_constant") and tensor.numel() == 1 and type(tensor) is Tensor and not tensor.is_meta
+        if mask is None and (number or name.startswith("_activation_mask")):
             return Fact.of_value(as_double(tensor).cpu())
         again = tensor.is_meta  # what is read from elsewhere may be too much to hold
         if mask is None:

@@ -135,9 +135,20 @@ class IndexWrite(_Writes):
 class IndexPut(_Writes):
     """``x[i, :, j] = y`` or ``+= y``, the written values broadcast."""
 
+    def _masked(self, op: Op) -> bool:
+        """``x[mask] = number``: a mask from the first axis on, element by element."""
+        indices, source = op.arg("indices"), self._source(op)
+        kind = indices[0].meta["tensor"].dtype if len(indices) == 1 and indices[0] is not None else None
+        return kind in (torch.bool, torch.uint8) and source is not None and torch.Size(op.shapes[source]).numel() == 1
+
+    def _looked(self, op: Op, axes: dict[int, Axes]) -> list[int]:
+        return [] if self._masked(op) else super()._looked(op, axes)
+
     def _axes(self, op: Op) -> dict[int, Axes] | None:
         source = self._source(op)
         indices = op.arg("indices")
+        if self._masked(op):
+            return {1: list(range(len(op.shapes[1]))), 2: [None] * len(op.shapes[2])}
         plan = looked_up(indices)
         if plan is None or source is None:
             return None

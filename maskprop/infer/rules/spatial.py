@@ -159,6 +159,34 @@ class Resample(Rule):
         return [batch, channels, *(None for _ in space)]
 
 
+@register(aten.unfold.default)
+class Windows(Rule):
+    """``x.unfold(dim, size, step)``: the axis becomes one of windows, and a new last one runs inside each."""
+
+    def _dim(self, op: Op) -> int:
+        return int(op.arg("dimension")) % len(op.shapes[0])
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
+        fact, dim = facts[0], self._dim(op)
+        if fact.nothing:
+            return Fact.unknown(len(op.shape))
+
+        def cut(t: Tensor) -> Tensor:
+            varies = t.shape[dim] > 1
+            return t.unfold(dim, op.arg("size"), op.arg("step")) if varies else t.unsqueeze(-1)
+
+        return fact.map(cut)
+
+    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
+        return [any_over(needed[0], [self._dim(op), len(op.shape) - 1]).squeeze(-1)]
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        dim, x = self._dim(op), labels[0]
+        c.pin(x[dim], "is cut into windows")
+        passing = [None if d == dim else c.uniform(a, [dim]) for d, a in enumerate(x)]
+        return [*(None if a is None else a.unsqueeze(-1) for a in passing), None]
+
+
 @register(aten.im2col.default)
 class Im2col(Rule):
     """``(N, C, H, W) -> (N, C * kh * kw, L)``: each channel becomes a run of kh * kw rows."""
