@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,24 @@ from maskprop.errors import MetaValueError, TraceError
 
 @dataclass(frozen=True)
 class TensorMeta:
-    """Shape, dtype and device of a recorded value."""
+    """Shape, dtype, device and memory layout of a recorded value.
+
+    Attributes:
+        order: the axes as they lie in memory, the slowest first; empty for the usual order.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    order: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
         """The metadata of a tensor."""
-        return cls(tuple(int(s) for s in tensor.shape), tensor.dtype, tensor.device)
+        strides = tensor.stride() if tensor.layout is torch.strided else ()
+        order = tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
+        order = () if order == tuple(range(len(strides))) else order
+        return cls(tuple(int(s) for s in tensor.shape), tensor.dtype, tensor.device, order)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"

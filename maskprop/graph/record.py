@@ -113,14 +113,18 @@ class Recorder(TorchDispatchMode):
         self._bind(tensor, self._tag(node, TensorMeta.of(tensor)))
 
     def finish(self, outputs: list[tuple[str, Tensor]]) -> Graph:
-        """Close the graph with its outputs, without the calls that were only implied and that nothing reads."""
+        """Close the graph with its outputs."""
         nodes = [self._node(t) for _, t in outputs]
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
+        self.drop_unread()
+        return self.graph
+
+    def drop_unread(self) -> None:
+        """Erase the calls that were only implied and that nothing reads."""
         for node in reversed(self.graph.fx.nodes):
             if not node.users and (node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem):
                 self.graph.fx.erase_node(node)
-        return self.graph
 
     # -- recording ------------------------------------------------------------------------------
 

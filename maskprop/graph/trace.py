@@ -75,7 +75,7 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
     on_meta = any(p.is_meta for p in model.parameters())
     if tracer == "auto" and not on_meta:
         try:
-            with _quiet():
+            with quiet():
                 return _checked(_trace(model, inputs, concrete=False))
         except MaskpropError:
             raise
@@ -112,12 +112,13 @@ def describe_inputs(inputs: Inputs) -> str:
 def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Graph, Exception | None, str]:
     """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose."""
     try:
-        with _quiet():
+        with quiet():
             return _trace(model, inputs, concrete), None, ""
     except Exception as error:  # the caller reads it
         recorder = getattr(error, "_maskprop_recorder", None)
         if recorder is None:
             raise
+        recorder.drop_unread()
         return recorder.graph, error, recorder.last_path
 
 
@@ -151,8 +152,8 @@ def _checked(graph: Graph) -> Graph:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Failing on fake tensors is expected in a replay: torch need not log it."""
+def quiet() -> Iterator[None]:
+    """Failing on fake tensors is expected where sizes are tried: torch need not log it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)

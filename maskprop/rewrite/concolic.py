@@ -11,6 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class _Tracer(fx.Tracer):
                     given[key] = whole[key]
             else:
                 given[name] = value if is_plain(value) else self.create_proxy("placeholder", name, (), {})
-        return functools.partial(root_fn, **given), [self.root]
+        return functools.partial(author_forward(self._module), **given), [self.root]
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -152,9 +153,23 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
+def author_forward(module: nn.Module) -> Callable[..., Any]:
+    """The function behind ``module.forward``: the class's, or a method that the author put on the object.
+
+    Raises:
+        CannotTrace: something else was put there.
+    """
+    own = vars(module).get("forward")
+    if own is None:
+        return type(module).forward
+    if isinstance(own, MethodType) and own.__self__ is module and isinstance(own.__func__, FunctionType):
+        return own.__func__
+    raise CannotTrace(f"its forward was replaced by a {type(own).__name__}")
+
+
 def variadic_name(module: nn.Module) -> str | None:
     """What the author calls ``**kwargs``, if the forward takes any."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = inspect.signature(author_forward(module)).parameters.values()
     return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
 
 
@@ -162,9 +177,9 @@ def bind_arguments(module: nn.Module, call: tuple[Any, dict[str, Any]]) -> dict[
     """The arguments of a recorded call by the names of the author's signature, defaults included.
 
     Raises:
-        CannotTrace: extra positional arguments were given.
+        CannotTrace: extra positional arguments were given, or there is no signature.
     """
-    signature = inspect.signature(type(module).forward)
+    signature = inspect.signature(author_forward(module))
     bound = signature.bind(module, *call[0], **call[1])
     bound.apply_defaults()
     found = dict(list(bound.arguments.items())[1:])
@@ -232,7 +247,7 @@ def _symbolic_finfo() -> Iterator[None]:
 def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:
     """The ``def`` line of the author's signature, and a check of the arguments that the trace took for fixed."""
     parameters, checks = ["self"], []
-    for name, parameter in list(inspect.signature(type(module).forward).parameters.items())[1:]:
+    for name, parameter in list(inspect.signature(author_forward(module)).parameters.items())[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             parameters.append(f"*{name}")
             checks.append((name, f"not {name}", "nothing"))

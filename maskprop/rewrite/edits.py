@@ -77,8 +77,10 @@ class Edits:
                     self._swap(parent._modules, key, module)
 
     def set_class(self, module: nn.Module, cls: type) -> None:
-        """Turn a module into one of another class."""
+        """Turn a module into one of another class; a forward on the object would hide the new one's."""
         other = [cls]
+        if "forward" in vars(module):
+            self._swap(module.__dict__, "forward", _ABSENT)
 
         def toggle() -> None:
             module.__class__, other[0] = other[0], module.__class__

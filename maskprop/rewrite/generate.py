@@ -25,7 +25,7 @@ from maskprop.graph.graph import Graph, shape_of
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import QuickFakes, new_fake
 from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, plain_kernels
+from maskprop.graph.trace import Inputs, frozen_state, plain_kernels, quiet
 from maskprop.infer.op import Op
 from maskprop.rewrite.concolic import CannotTrace, bind_arguments, header, is_plain, run_node, trace_module
 from maskprop.rewrite.edits import Edits
@@ -121,8 +121,10 @@ class Arguments:
         """Fresh arguments; ``shape`` tells the size of each tensor."""
 
         def blank(node: fx.Node) -> Tensor:
-            meta = node.meta["tensor"]
-            return new_fake(self._fake, tuple(shape(node)), meta.dtype, meta.device)
+            meta, sizes = node.meta["tensor"], tuple(shape(node))
+            order = meta.order or tuple(range(len(sizes)))
+            lying = new_fake(self._fake, [sizes[d] for d in order], meta.dtype, meta.device)
+            return lying.permute([order.index(d) for d in range(len(order))])
 
         found = {name: map_tensors(value, blank, fx.Node) for name, value in self.nodes.items()}
         return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
@@ -223,10 +225,11 @@ class _Generator:
     ) -> None:
         self.recorder, self.module, self.path, self.replay = recorder, module, path, replay
         self.forward, self.arguments, self.fake = forward, arguments, fake
-        dense = [n for n in replay.dense(strict=True) if self._inside(n)]
+        dense = [n for n in replay.dense(strict=True) if self._inside(n) and "implied" not in n.meta]
         first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
         self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
         self.at = 0
+        self.recorder = Recorder(model, concrete=False)
 
     def _inside(self, node: fx.Node) -> bool:
         owner = str(node.meta["path"])
@@ -235,7 +238,9 @@ class _Generator:
     def run(self) -> tuple[str, dict[str, Any]]:
         """Source of the forward, and the objects that its names refer to."""
         values = self.arguments.values(self.replay.alignment.expected_shape)
-        with torch.no_grad(), plain_kernels(), self.fake:
+        for i, (_, tensor) in enumerate(tensors_in(values)):
+            self.recorder.add_input(tensor, f"x{i}")
+        with torch.no_grad(), plain_kernels(), quiet(), self.fake:
             self._interpret(self.forward, values)
         _live_training(self.forward)
         self.forward.lint()
@@ -263,7 +268,7 @@ class _Generator:
             except Exception as error:  # a literal that does not fit raises as often as it misleads
                 value, ops, wrong = None, [], f"{type(error).__name__}: {error}"
             if wrong is not None:
-                self._mend(node, env, len(ops))
+                self._mend(node, env, wrong)
                 value, ops = self._call(node, env)
                 again = self._compare(ops)
                 if again is not None:
@@ -278,7 +283,7 @@ class _Generator:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         with self.recorder.listening() as made:
             value = run_node(self.module, node.op, node.target, args, kwargs)
-        return value, self.replay.significant(made)
+        return value, self.replay.significant([n for n in made if "implied" not in n.meta])
 
     def _compare(self, ops: list[fx.Node]) -> str | None:
         for offset, op in enumerate(ops):
@@ -291,7 +296,7 @@ class _Generator:
 
     # -- mending a literal ----------------------------------------------------------------------
 
-    def _mend(self, node: fx.Node, env: dict[fx.Node, Any], count: int) -> None:
+    def _mend(self, node: fx.Node, env: dict[fx.Node, Any], wrong: str) -> None:
         """Put the planned sizes or scalars into the node's arguments."""
         want = self.dense[self.at]
         name = str(getattr(node.target, "__name__", node.target))
@@ -316,7 +321,7 @@ class _Generator:
         elif name in ("split", "split_with_sizes"):
             dim = _split_dim(node)
             sizes = [s[dim] for s in shapes if s is not None]
-            equal = len(set(sizes)) == 1
+            equal = len(set(sizes)) == 1 and want.target is not aten.split_with_sizes.default
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
         elif name == "getitem":
             items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
@@ -330,7 +335,7 @@ class _Generator:
                 if isinstance(a, (int, float)) or (isinstance(a, fx.Node) and isinstance(env.get(a), (int, float)))
             ]
             if len(scalars) != 1 or len(numbers) != 1:
-                raise _GiveUp(f"'{node.format_node()}' holds a number that cannot be told")
+                raise _GiveUp(f"'{node.format_node()}' gives {wrong}, and holds no number that could be changed")
             node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
 
     def _mend_slice(self, item: slice, env: dict[fx.Node, Any]) -> slice:

@@ -7,6 +7,7 @@ forward for the module; pin the units of that op and solve again.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,10 +150,11 @@ class Repair:
     def _set_attributes(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
         """Try attributes that hold an old size; the next mismatch, or the same object if none helps."""
         candidates = list(self._candidates(replay, mismatch))
-        attempts = [[c] for c in candidates]
-        if len(candidates) > 1:
-            attempts.append(candidates)
-        for attempt in attempts:
+        first = list({(c.path, c.attribute): c for c in reversed(candidates)}.values())[::-1]
+        own = [c for c in first if c.path == mismatch.path]
+        jointly = [several for n in range(2, min(len(own), 4)) for several in itertools.combinations(own, n)]
+        jointly += [tuple(own)] if own == first else [tuple(own), tuple(first)]
+        for attempt in [*((c,) for c in candidates), *(several for several in jointly if len(several) > 1)]:
             mark = self.edits.mark()
             changes = [change for candidate in attempt for change in self._everywhere(replay, candidate)]
             for change in changes:
