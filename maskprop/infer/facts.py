@@ -108,9 +108,9 @@ def lead(t: Tensor, ndim: int) -> Tensor:
     return t.reshape((1,) * (ndim - t.ndim) + t.shape)
 
 
-def squash(t: Tensor) -> Tensor:
-    """Drop the axes along which a tensor does not vary."""
-    for axis in reversed(range(t.ndim)):
+def squash(t: Tensor, axes: Sequence[int] | None = None) -> Tensor:
+    """Drop those of the axes (of all, by default) along which a tensor does not vary."""
+    for axis in reversed(range(t.ndim) if axes is None else axes):
         first = t.narrow(axis, 0, 1) if t.shape[axis] else t
         if t.shape[axis] > 1 and torch.equal(t, first.expand_as(t)):
             t = first

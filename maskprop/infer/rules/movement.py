@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, any_over, broadcast_shape, reduce_to, spread
+from maskprop.infer.facts import Fact, any_over, broadcast_shape, reduce_to, spread, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, register_rule
 
@@ -74,10 +74,10 @@ class Reshape(Step):
     dst: Shape
 
     def move(self, t: Tensor) -> Tensor:
-        return reshape(t, self.src, self.dst)
+        return _folded_back(reshape(t, self.src, self.dst), self.src, self.dst)
 
     def back(self, t: Tensor) -> Tensor:
-        return reshape(t, self.dst, self.src)
+        return _folded_back(reshape(t, self.dst, self.src), self.dst, self.src)
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         if all(a is None for a in labels):
@@ -252,6 +252,15 @@ def reshape(t: Tensor, src: Shape, dst: Shape) -> Tensor:
             for o in outs:
                 target[o] = dst[o]
     return t.expand(sizes).reshape(target)
+
+
+def _folded_back(t: Tensor, src: Shape, dst: Shape) -> Tensor:
+    """A reshaped tensor without the axes along which it stopped varying: a batch that had been folded into heads."""
+    if t.numel() > 1 and 0 not in src:
+        for _, outs in axis_groups(src, dst):
+            if len(outs) > 1:
+                t = squash(t, outs)
+    return t
 
 
 @functools.lru_cache(maxsize=4096)
