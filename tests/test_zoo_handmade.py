@@ -39,11 +39,12 @@ NOTHING_LEAVES = {
     "what the head reads is a sum, and others read all of it": (
         *("res_net/mlp", "res_net/mlp_out", "pre_activation/mlp", "pre_activation/mlp_out"),
         *("swin/mlp", "swin/mlp_out", "padded_shortcut/mlp", "padded_shortcut/mlp_out"),
-        *("nested_outputs/mlp_out",),
+        *("nested_outputs/mlp_out", "beit/mlp", "beit/mlp_out"),
+        *("split_by_attributes/mlp",),
     ),
     "fused q, k and v have one head size, and other dims are masked in each head": (
         *("gpt2/dims_out", "vi_t/dims_out", "swin/dims_out", "multi_query/dims_out"),
-        *("torch_encoder/dims_out", "torch_attention/dims_out"),
+        *("torch_encoder/dims_out", "torch_attention/dims_out", "beit/dims_out", "split_by_attributes/dims_out"),
     ),
     "one of the heads or groups has no masked unit, and all keep equally many": (
         *("default_scale/zeros", "default_scale/constants", "biased_values/constants"),
@@ -67,6 +68,9 @@ NOTHING_LEAVES = {
     ),
     "one bias cannot hold the constants of three calls; others read what the last call does not": (
         *("shared_module/constants", "shared_module/mlp", "shared_module/mlp_out"),
+    ),
+    "what is left of a unit differs from place to place": (
+        *("split_by_attributes/constants", "split_by_attributes/conflicts"),
     ),
     "the weight is computed from rows and columns together": (
         *("parametrised/zeros", "parametrised/constants", "parametrised/conflicts"),

@@ -48,7 +48,8 @@ class Graph:
         fx: the calls. Parameters, buffers and other tensors that the model holds are ``get_attr``
             nodes; ``node.meta["tensor"]`` is a :class:`TensorMeta` (a tuple of them, with ``None``
             for absent ones, for an op of several results), ``node.meta["path"]`` the module path and
-            ``node.meta["call"]`` the running number of that module's call.
+            ``node.meta["call"]`` the running number of that module's call; a ``get_attr`` has its tensor under
+            ``node.meta["state"]``.
         state: tensors behind the ``get_attr`` nodes, by target.
         aliases: other names of the same parameter or buffer -> the name used here.
         concrete: whether real values were computed (the branch taken is then this input's).

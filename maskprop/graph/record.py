@@ -248,6 +248,7 @@ class Recorder(TorchDispatchMode):
             self.graph.state.setdefault(name, owner)
             node = self.graph.fx.create_node("get_attr", name, (), {}, name="p_" + name.replace(".", "_"))
             self._states[name] = self._tag(node, TensorMeta.of(tensor))
+            node.meta["state"] = owner
             if name.startswith("_constant"):
                 node.meta["lifted"] = True
         return self._bind(tensor, node)

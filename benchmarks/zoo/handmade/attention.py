@@ -360,3 +360,38 @@ class BiasedValues(nn.Module):
         q, k = (split_heads(t, self.heads) for t in self.qk(x).chunk(2, -1))
         weights = self.dropout((q @ k.transpose(-1, -2) / self.dims**0.5).softmax(-1))
         return self.out(merge_heads(weights @ split_heads(self.v(x), self.heads)))
+
+
+class BeitAttention(nn.Module):
+    """One fused weight, its bias put together from parameters and a buffer of zeros; learnt relative positions."""
+
+    def __init__(self, width: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.num_heads, self.length = heads, length
+        self.table = nn.Parameter(torch.randn(2 * length - 1, heads))
+        place = torch.arange(length)
+        self.register_buffer("index", place[:, None] - place[None] + length - 1, persistent=False)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
+        q, k, v = qkv.reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(self.length, self.length, -1).permute(2, 0, 1).contiguous()
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+        return self.proj(x.transpose(1, 2).reshape(batch, length, -1))
+
+
+@ATTENTION(sequences(6, 24))
+class Beit(nn.Module):
+    """Heads of which only the weights are masked put constants into the output."""
+
+    def __init__(self, width: int = 24, heads: int = 4) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(width), BeitAttention(width, heads, length=6)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.attn(self.norm(x)))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, lead, reduce_to, spread, squash
@@ -301,6 +302,9 @@ def _open_mask(node: torch.fx.Node) -> bool:
         return cache[n]
 
     def computed(n: torch.fx.Node) -> Tensor | None:
+        if n.op == "get_attr":
+            state = n.meta.get("state")
+            return None if state is None or state.is_meta or isinstance(state, FakeTensor) else state.detach().cpu()
         if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
             return None
         inputs: list[Tensor] = []
@@ -312,7 +316,7 @@ def _open_mask(node: torch.fx.Node) -> bool:
         result = Op(n).run(*inputs)
         return result if isinstance(result, Tensor) else None
 
-    if any(i.op != "call_function" and len(i.meta["tensor"].shape) > 3 for i in node.all_input_nodes):
+    if any(i.op == "placeholder" and len(i.meta["tensor"].shape) > 3 for i in node.all_input_nodes):
         return False
     mask = value(node)
     return mask is not None and bool(torch.isfinite(mask).any(-1).all())
