@@ -287,7 +287,8 @@ class ModelSpeedup:
     def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
         """Carry the alignment out and compare; with plainer means where the result turns out wrong."""
         done, problem = self._attempt(repair, alignment, reference)
-        for switch, used in (("may_remove", repair.removed), ("may_generate", repair.generated)):
+        means = ("may_remove", repair.removed), ("may_name", repair.unread), ("may_generate", repair.generated)
+        for switch, used in means:
             if problem is not None and used:
                 log.warning("%s Trying again with %s=False.", problem, switch)
                 repair.edits.rollback()

@@ -20,7 +20,8 @@ from maskprop.align.align import Alignment, align
 from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import ReplaceError, RewriteError
-from maskprop.graph.graph import Graph, is_op
+from maskprop.graph.graph import Graph, shape_of
+from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import Inputs
 from maskprop.infer.coupling import Pin
 from maskprop.infer.sweep import Inference
@@ -30,6 +31,7 @@ from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.unread import unread_attributes
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +52,11 @@ class Repair:
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
         may_generate: whether forwards may be generated.
         may_remove: whether layers of constant branches may lose their parameters.
+        may_name: whether attributes that nothing reads may follow.
         taken: paths that users' replacements took over.
         generated: paths of the modules that got a generated forward, with the reason.
         removed: paths of layers that became constants.
+        unread: changes of attributes that name a size and that ``forward`` does not read.
         pinned: why units were kept after a solve.
     """
 
@@ -66,10 +70,12 @@ class Repair:
     customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
     may_generate: bool = True
     may_remove: bool = True
+    may_name: bool = True
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    unread: list[AttributeChange] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
 
@@ -97,6 +103,7 @@ class Repair:
             self.replaced += replace_attention(self.edits, plan)
             mismatch = self._mend(alignment)
             if mismatch is None:
+                self._name_sizes(alignment)
                 self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
@@ -116,6 +123,30 @@ class Repair:
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
         )
+
+    def _name_sizes(self, alignment: Alignment) -> None:
+        """Set the attributes that name a size which changed and that ``forward`` does not read."""
+        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
+        model = self.edits.model
+        alike: dict[tuple[type, str], list[AttributeChange]] = {}
+        for change in unread_attributes(model, replay) if self.may_name else []:
+            alike.setdefault((type(model.get_submodule(change.module)), change.attribute), []).append(change)
+        self.unread = self._set_harmless(replay, list(alike.values()))
+        alignment.plan.attributes += self.unread
+
+    def _set_harmless(self, replay: Replay, groups: Sequence[list[AttributeChange]]) -> list[AttributeChange]:
+        """Set what the replay does not see; an attribute that ``forward`` reads means something else."""
+        if not groups:
+            return []
+        mark = self.edits.mark()
+        changes = [change for group in groups for change in group]
+        for change in changes:
+            change_attribute(self.edits, change)
+        if replay.run(self.edits.model, self.inputs) is None:
+            return changes
+        self.edits.rollback(mark)
+        half = len(groups) // 2
+        return self._set_harmless(replay, groups[:half]) + self._set_harmless(replay, groups[half:]) if half else []
 
     def _remove_dead(self, alignment: Alignment) -> list[str]:
         if not self.may_remove or self.taken:
@@ -211,7 +242,7 @@ class Repair:
         paths = [
             path
             for path, module in self.edits.model.named_modules()
-            if type(module) is kind and path not in self.generated and _changes(replay, path)
+            if type(module) is kind and path not in self.generated and self._changes(replay, path)
         ]
         mark = self.edits.mark()
         done = generate_forwards(self.edits, self.graph, replay, paths, self.inputs)
@@ -223,6 +254,12 @@ class Repair:
         self.edits.rollback(mark)
         return mismatch
 
+    def _changes(self, replay: Replay, path: str) -> bool:
+        """Whether anything that a module is called with or computes itself has another size in the compact model."""
+        given = tensors_in(self.graph.calls.get(path), kind=fx.Node)
+        shapes = [(shape_of(node), replay.alignment.expected_shape(node)) for _, node in given]
+        return any(old != new for old, new in itertools.chain(shapes, *map(replay.around, replay.ops_of(path))))
+
     # -- giving up ------------------------------------------------------------------------------
 
     def _pins(self, alignment: Alignment, mismatch: Mismatch) -> list[Pin]:
@@ -230,9 +267,9 @@ class Repair:
 
         Where a forward could be generated for some of those modules, only the others are pinned.
         """
-        if mismatch.op is None:
-            return []
         replay = Replay(self.graph, alignment)
+        if mismatch.op is None:
+            return self._pin_around(alignment, replay, mismatch.path)
         kind = mismatch.op.meta["module"]
         position = replay.position(mismatch.op)
         found: list[Pin] = []
@@ -246,7 +283,18 @@ class Repair:
             for node in replay.ops:
                 if node.meta["module"] is kind:
                     found += self._pin_node(alignment, node)
-        return found
+        return found or self._pin_around(alignment, replay, mismatch.path)
+
+    def _pin_around(self, alignment: Alignment, replay: Replay, path: str) -> list[Pin]:
+        """Pin what a module is called with, or else whatever leaves in it, or else around it."""
+        for outer in _lineage(path):
+            given = [node for _, node in tensors_in(self.graph.calls.get(outer), kind=fx.Node)]
+            inside = [n for n in replay.ops if not outer or f"{n.meta['path']}.".startswith(f"{outer}.")]
+            for nodes in (given, inside):
+                found = [pin for node in nodes for pin in self._pin_node(alignment, node)]
+                if found:
+                    return found
+        return []
 
     @staticmethod
     def _pin_node(alignment: Alignment, node: fx.Node) -> list[Pin]:
@@ -258,7 +306,7 @@ class Repair:
                     found.append(
                         Pin(
                             array,
-                            f"{node.target} in '{node.meta['path']}' could not be made to follow",
+                            f"{node.target} in '{node.meta.get('path', '')}' could not be made to follow",
                             node.name,
                         )
                     )
@@ -336,27 +384,10 @@ def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
                 yield size
 
 
-def _changes(replay: Replay, path: str) -> bool:
-    """Whether any op that a module itself makes has another size in the compact model."""
-    sizes = (size for i, node in enumerate(replay.ops_of(path)) for size in _sizes(replay, node, path, i))
-    return any(size.old != size.new for size in sizes)
-
-
 def _sizes(replay: Replay, node: fx.Node, path: str, position: int) -> Iterator[_Size]:
-    pairs = list(zip(_metas(node), replay.shapes[node], strict=True))
-    for source in node.all_input_nodes:
-        if is_op(source) and source in replay.shapes:
-            pairs += zip(_metas(source), replay.shapes[source], strict=True)
-        elif not isinstance(source.meta["tensor"], tuple):
-            pairs.append((source.meta["tensor"].shape, replay.alignment.expected_shape(source)))
-    for value, (dense, compact) in enumerate(pairs):
+    for value, (dense, compact) in enumerate(replay.around(node)):
         for axis, (old, new) in enumerate(zip(dense or (), compact or (), strict=False)):
             yield _Size(path, position, value, axis, old, new)
-
-
-def _metas(node: fx.Node) -> list[tuple[int, ...] | None]:
-    meta = node.meta["tensor"]
-    return [None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,))]
 
 
 def _replaced(name: str, value: Any, old: float, new: float) -> Any:

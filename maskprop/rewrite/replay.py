@@ -86,6 +86,16 @@ class Replay:
         """The ops that a module itself made, in order."""
         return self._by_path.get(path, [])
 
+    def around(self, node: fx.Node) -> list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
+        """Dense and compact shapes of an op's results and inputs."""
+        pairs = list(zip(_shapes(node), self.shapes[node], strict=True))
+        for source in node.all_input_nodes:
+            if is_op(source) and source in self.shapes:
+                pairs += zip(_shapes(source), self.shapes[source], strict=True)
+            elif not isinstance(source.meta["tensor"], tuple):
+                pairs.append((source.meta["tensor"].shape, self.alignment.expected_shape(source)))
+        return pairs
+
     def position(self, node: fx.Node) -> int | None:
         """Where an op stands among its module's own."""
         return self._position.get(node)

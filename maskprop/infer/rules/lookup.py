@@ -221,7 +221,8 @@ class IndexWrite(Rule):
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         base, index, source = labels
         c.pin_all(index, "is used as an index")
-        dim, out = self._dim(op), []
+        dim = self._dim(op)
+        out: Labels = []
         for axis, (a, b) in enumerate(zip(base, source, strict=True)):
             if axis == dim:
                 c.pin(a, "is written by index")

@@ -1,0 +1,50 @@
+"""Attributes that name a size which changed, though ``forward`` does not read them.
+
+``num_heads`` of a block that reshapes by ``head_dim`` alone is one: nothing goes wrong where it stays, but whoever
+reads it later (another pruning, a logger, a user) is told the dense size. An attribute is set only where it cannot
+mean anything else: all sizes of its value around the module changed to one and the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from maskprop.align.plan import AttributeChange
+from maskprop.rewrite.replay import Replay
+
+
+def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]:
+    """Changes of integer attributes that follow from the sizes around each module.
+
+    Args:
+        model: the compact model, which follows the plan.
+        replay: what the plan expects.
+    """
+    plan = replay.alignment.plan
+    changed = {(c.module, c.attribute) for c in plan.attributes}
+    found = []
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):  # these follow their tensors
+            continue
+        sizes: dict[int, set[int]] = {}
+        for old, new in _sizes(module, path, replay):
+            sizes.setdefault(old, set()).add(new)
+        for name, value in vars(module).items():
+            to = sizes.get(value, set()) if type(value) is int and value > 1 else set()
+            if len(to) == 1 and value not in to and (path, name) not in changed:
+                found.append(AttributeChange(path, name, value, *to))
+    return found
+
+
+def _sizes(module: nn.Module, path: str, replay: Replay) -> Iterator[tuple[int, int]]:
+    """Dense and compact sizes in the ops that a module makes itself, and in its and its children's tensors."""
+    for op in replay.ops_of(path):
+        for dense, compact in replay.around(op):
+            yield from zip(dense or (), compact or (), strict=False)
+    for key, owner in [("", module), *module.named_children()]:
+        prefix = ".".join(part for part in (path, key) if part)
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            dense = replay.alignment.plan.shapes.get(f"{prefix}.{name}".lstrip("."), tuple(tensor.shape))
+            yield from zip(dense, tensor.shape, strict=False)
