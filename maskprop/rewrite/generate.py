@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -229,7 +228,6 @@ class _Generator:
         first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
         self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
         self.at = 0
-        self.recorder = Recorder(model, concrete=False)
 
     def _inside(self, node: fx.Node) -> bool:
         owner = str(node.meta["path"])
