@@ -236,8 +236,6 @@ class _Generator:
     def run(self) -> tuple[str, dict[str, Any]]:
         """Source of the forward, and the objects that its names refer to."""
         values = self.arguments.values(self.replay.alignment.expected_shape)
-        for i, (_, tensor) in enumerate(tensors_in(values)):
-            self.recorder.add_input(tensor, f"x{i}")
         with torch.no_grad(), plain_kernels(), quiet(), self.fake:
             self._interpret(self.forward, values)
         _live_training(self.forward)
