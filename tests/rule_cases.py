@@ -616,15 +616,6 @@ def gather(r: random.Random, target: OpOverload) -> Case:
     return Case(target, (Arg(full), dim, Arg(to, "index", full[dim])))
 
 
-@case(aten.index_add.default, aten.index_copy.default)
-def index_write(r: random.Random, target: OpOverload) -> Case:
-    full = shape(r, 1)
-    dim = r.randrange(-len(full), len(full))
-    count = 1 if target is aten.index_copy.default else r.randint(1, 4)  # which of two copies stays is not defined
-    source = tuple(count if i == dim % len(full) else n for i, n in enumerate(full))
-    return Case(target, (Arg(full), dim, Arg((count,), "index", full[dim]), Arg(source)))
-
-
 # -- norms --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Ops that look values up, or write them, by index: embedding, index, index_select, gather, index_add.
+"""Ops that look values up by index: embedding, index, index_select, gather.
 
 Algebra: an axis that is looked up by index keeps all its units, and what is known of its result is known of all of
 them. The other axes pass through, as do the axes of the index.
@@ -197,37 +197,4 @@ class Gather(Rule):
                 c.pin(index[axis], "looks up a part")
             else:
                 out.append(c.equal(c.uniform(source[axis], [dim, *partly]), index[axis]))
-        return out
-
-
-@register(aten.index_add.default, aten.index_copy.default)
-class IndexWrite(Rule):
-    """``x`` with slices of ``source`` added, or written, at ``index`` along one axis: zero where all of both are."""
-
-    def _dim(self, op: Op) -> int:
-        return int(op.arg("dim")) % max(1, len(op.shape))
-
-    def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        if all(f.total for f in facts):
-            return evaluate(op, facts)
-        dim = [self._dim(op)] if op.shape else []
-        return Fact.zeros(all_over(facts[0].zero, dim) & all_over(facts[2].zero, dim))
-
-    def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        found = super().needed(op, facts, needed)
-        found[0], found[2] = needed[0], any_over(needed[0], [self._dim(op)] if op.shape else [])
-        return found
-
-    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
-        base, index, source = labels
-        c.pin_all(index, "is used as an index")
-        dim = self._dim(op)
-        out: Labels = []
-        for axis, (a, b) in enumerate(zip(base, source, strict=True)):
-            if axis == dim:
-                c.pin(a, "is written by index")
-                c.pin(b, "is written by index")
-                out.append(None)
-            else:
-                out.append(c.equal(c.uniform(a, [dim]), c.uniform(b, [dim])))
         return out
