@@ -86,11 +86,12 @@ class Shards:
     def __getitem__(self, name: str) -> Tensor:
         path = self.directory / self._file[name]
         try:
-            with safe_open(path, "pt") as file:  # the file is mapped, and let go with the tensor
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"'{name}' in '{path}' cannot be read: {error}. Restore the file.") from error
+            with safe_open(path, "pt") as file:
+                return torch.clone(file.get_tensor(name))  # or the whole file stays mapped as long as the tensor lives
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise LoadError(
+                f"'{name}' in '{path}' cannot be read: {error}. Restore the file from where it came, or free memory."
+            ) from error
 
 
 class Checkpoint:
@@ -163,12 +164,10 @@ class Checkpoint:
             shard: dict[str, Tensor] = {}
             for stored in names:
                 name = first.get(stored, stored)
-                dense = self.shards[stored]
-                made = compact_tensor(plan, name, dense, masks)
-                shard[stored] = made.clone() if made.data_ptr() == dense.data_ptr() else made.contiguous()
+                shard[stored] = compact_tensor(plan, name, self.shards[stored], masks).contiguous()
                 bias = stored.removesuffix("weight") + "bias"
                 if bias in biases:
-                    shard[bias] = biases.pop(bias).to(made.dtype)
+                    shard[bias] = biases.pop(bias).to(shard[stored].dtype)
             size += sum(t.numel() * t.element_size() for t in shard.values())
             index |= dict.fromkeys(shard, file)
             log.info("writing %s", file)

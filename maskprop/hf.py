@@ -295,7 +295,7 @@ def expressing_config(model: nn.Module, record: dict[str, Any], same: Callable[[
             for field, new in changes:
                 setattr(config, field, new)
             try:
-                if same(config):
+                if same(type(config).from_dict(config.to_dict())):  # as it is loaded, with its own checks
                     return config
             except Exception as error:  # a config that its own model does not take
                 log.debug("no such config: %s: %s", type(error).__name__, error)

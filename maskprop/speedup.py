@@ -16,7 +16,15 @@ from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import Plan
-from maskprop.errors import DummyInputError, NonFiniteError, OptionError, StageError, UnverifiedWarning, VerifyError
+from maskprop.errors import (
+    DummyInputError,
+    MaskpropError,
+    NonFiniteError,
+    OptionError,
+    StageError,
+    UnverifiedWarning,
+    VerifyError,
+)
 from maskprop.explain import Explainer
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
@@ -27,7 +35,7 @@ from maskprop.reasons import Explanation
 from maskprop.report import Report
 from maskprop.rewrite.apply import compact_tensor
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
-from maskprop.rewrite.edits import Edits, tensor_of
+from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
 from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
@@ -208,6 +216,8 @@ class ModelSpeedup:
             raise
         finally:
             self._edits = None
+        for name in self.plan.keep:
+            renew_gradients(tensor_of(self.model, name))
         self.explainer = Explainer(inference, self.alignment, inference.masks)
         self.report.fill(before, changes, self.model, self.explainer, repair)
 
@@ -269,6 +279,8 @@ class ModelSpeedup:
             batches = [self.inputs, fresh_inputs(self.inputs, self.generator)]
             try:
                 reference = Reference(self.graph, masked_values(self.graph, self.inference.masks), batches)
+            except MaskpropError:
+                raise
             except Exception as error:
                 raise DummyInputError(
                     f"the masked model does not run on the dummy input ({describe_inputs(self.inputs)}): "

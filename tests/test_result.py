@@ -97,6 +97,19 @@ def test_trains_with_the_optimiser_from_before(name: str) -> None:
     assert loss(model, value) < first
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_while_outputs_from_before_live(name: str) -> None:
+    """They hold autograd nodes that knew the parameters by their old shapes."""
+    model = dense(name).train()
+    from_before = loss(model, inputs(name))
+    ModelSpeedup(model, inputs(name), masks(name)).speedup_model()
+    loss(model, inputs(name, 3, seed=1)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.shape == parameter.shape, key
+    assert from_before.requires_grad
+
+
 def test_gradients_are_those_of_the_masked_model() -> None:
     """In eval mode, where the two compute the same function, they agree wherever a unit stays."""
     name = "vit"

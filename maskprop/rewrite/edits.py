@@ -103,6 +103,17 @@ class Edits:
         self._toggles.append(toggle)
 
 
+def renew_gradients(parameter: Tensor) -> None:
+    """Make autograd forget a parameter's old shape.
+
+    Outputs from before, as long as they live, hold the node that accumulates its gradient, and that knows the shape
+    that it had then. Torch makes a new node after a change of dtype.
+    """
+    data = parameter.data
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data
+
+
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Module and key of a dotted tensor name."""
     path, _, key = name.rpartition(".")
