@@ -185,7 +185,7 @@ def _hooks(
                     found.add("activation_mean", path, out.abs().double().mean(1))
                 if "activation_nonzero" in kinds:
                     found.add("activation_nonzero", path, (out != 0).double().mean(1))
-            if "input_norm" in kinds and inputs and isinstance(inputs[0], Tensor):
+            if "input_norm" in kinds and inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
                 found.add(
                     "input_norm",
                     path,
