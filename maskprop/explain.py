@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import networkx as nx
 import numpy as np
 from torch import Tensor, fx
 
@@ -19,6 +19,9 @@ from maskprop.infer.facts import Fact
 from maskprop.infer.sweep import Inference
 from maskprop.reasons import Explanation, Kept, Reason
 from maskprop.unitfacts import UnitFacts, pins_by_node
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass
@@ -245,6 +248,8 @@ class Explainer:
         nodes = {n.name for n in carriers} | {source.name, *sinks}
         nodes |= {u.name for n in carriers for u in n.users if sum(s in carriers for s in u.all_input_nodes) > 1}
         view = self._dependencies.subgraph(nodes).to_undirected(as_view=True)
+        import networkx as nx  # here, since it takes a while to import
+
         routes = nx.single_source_shortest_path(view, source.name)
         reached = [name for name in sinks if name in routes]
         if not reached:

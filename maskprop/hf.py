@@ -291,7 +291,7 @@ def expressing_config(model: nn.Module, record: dict[str, Any], same: Callable[[
         for changes in combinations(choices, count):
             if len({field for field, _ in changes}) < count:
                 continue
-            config = copy.deepcopy(model.config)
+            config: Any = copy.deepcopy(model.config)
             for field, new in changes:
                 setattr(config, field, new)
             try:

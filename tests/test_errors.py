@@ -56,6 +56,13 @@ def test_public_names_exist() -> None:
         maskprop.nothing  # noqa: B018
 
 
+def test_import_is_quick() -> None:
+    """What takes long to import comes with its first use; `.ci/run` holds the seconds against a bound."""
+    slow = {"scipy", "networkx", "matplotlib", "onnx", "transformers"}
+    code = f"import sys; from maskprop import *; print(sorted({slow} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_import_is_lazy() -> None:
     code = "import sys, maskprop, maskprop.errors; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Regular
@@ -229,6 +227,9 @@ def _triples(c: Coupling) -> Ints:
 
 
 def _components(count: int, pairs: Ints) -> Ints:
+    from scipy.sparse import coo_matrix  # here, since they take long to import
+    from scipy.sparse.csgraph import connected_components
+
     if count == 0:
         return np.zeros(0, dtype=np.int64)
     ones = np.ones(len(pairs), dtype=np.int8)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from maskprop.errors import MetaValueError, TraceError
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Graph:
 
         Nodes are the names of fx nodes; the attribute ``node`` holds the fx node itself.
         """
+        import networkx as nx  # here, since it takes a while to import
+
         graph = nx.DiGraph()
         for node in self.fx.nodes:
             graph.add_node(node.name, node=node)
