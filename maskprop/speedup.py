@@ -216,8 +216,9 @@ class ModelSpeedup:
             raise
         finally:
             self._edits = None
-        for name in self.plan.keep:
-            renew_gradients(tensor_of(self.model, name))
+        for name, parameter in self.model.named_parameters():
+            if before.shapes.get(name) != tuple(parameter.shape):
+                renew_gradients(parameter)
         self.explainer = Explainer(inference, self.alignment, inference.masks)
         self.report.fill(before, changes, self.model, self.explainer, repair)
 

@@ -31,7 +31,7 @@ def figure(report: Report) -> Figure:
     axes.margins(y=0.01)
     axes.set_xlabel("units along the output axis")
     axes.set_title(f"{report.model}: {report.parameters[0]:,} → {report.parameters[1]:,} parameters")
-    axes.legend(loc="lower right")
+    made.legend(loc="outside lower center", ncols=2)  # beside the axes: bars may reach any corner
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return made
