@@ -27,6 +27,8 @@ from maskprop import pruning as mp
 from maskprop.demo.digits import DigitNet, Digits, load_digits
 from maskprop.pruning.scores import Random
 
+from .insert import put
+
 ROOT = Path(__file__).parent.parent
 RATIO = 0.25
 STRUCTURED: dict[str, type[mp.Pruner]] = {
@@ -202,9 +204,7 @@ def main() -> None:
         text = "\n".join([f"### {title}", "", *table(make, arguments.seeds, arguments.epochs), ""])
         print(text)
         if arguments.write:
-            start, end = f"<!-- {kind} -->\n", f"<!-- end of {kind} -->"
-            before, _, rest = page.read_text(encoding="utf-8").partition(start)
-            page.write_text(f"{before}{start}{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
+            put(page, kind, text)
 
 
 if __name__ == "__main__":

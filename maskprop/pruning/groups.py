@@ -66,28 +66,20 @@ class Member:
             count: number of units in the group.
 
         Returns:
-            ``(count, n)``: the ``n`` elements of each unit, zeros for a unit that has none here.
-
-        Raises:
-            GroupError: the units have different numbers of elements.
+            ``(count, n)``: the elements of each unit, with zeros behind where a unit has fewer than another (a head's
+            queries and keys are two rows of a fused projection, its values one).
         """
         varying = [d for d, n in enumerate(self.units.shape) if n > 1]
-        flat = self.units.reshape(-1)
-        has = torch.bincount(flat[flat >= 0], minlength=count)
-        present = has.nonzero()[:, 0]
-        if not bool((has[present] == has.max()).all()):
-            raise GroupError(
-                f"units take between {int(has[present].min())} and {int(has.max())} elements of "
-                f"'{self.name}'. Score this group by other members."
-            )
-        order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :].to(tensor.device)
         rest = [d for d in range(tensor.ndim) if d not in varying]
-        table = tensor.permute(varying + rest).reshape(len(flat), -1)[order].reshape(len(present), -1)
-        if len(present) == count:
-            return table
-        full = table.new_zeros(count, table.shape[1])
-        full[present.to(tensor.device)] = table
-        return full
+        flat = self.units.reshape(-1)
+        order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
+        unit = flat[order]
+        has = torch.bincount(unit, minlength=count)
+        place = torch.arange(len(unit)) - (has.cumsum(0) - has)[unit]
+        slices = tensor.permute(varying + rest).reshape(len(flat), -1)
+        table = slices.new_zeros(count, int(has.max()), slices.shape[1])
+        table[unit, place] = slices[order.to(tensor.device)]
+        return table.reshape(count, -1)
 
 
 @dataclass
