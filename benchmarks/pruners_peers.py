@@ -3,9 +3,9 @@
     pip install --no-deps torch-pruning==1.6.1
     python -m benchmarks.pruners_peers [--model NAME ...] [--write]
 
-Both prune half of the units of every group by L1 norm. Torch-Pruning is asked three times: as it is by default (whole
-heads are left alone, the axes that a layer norm normalises over are cut), with heads cut too, and for the units that
-maskprop takes: heads, and no axis that is normalised over. Beside each count stands how far the outputs are from
+Both prune half of the units of every group by L1 norm. Torch-Pruning is asked three times: as it is by default (heads
+are left alone, axes that a layer norm normalises over are cut), with heads cut too, and for the units that maskprop
+takes: heads, and no axis that a layer norm normalises over. Beside each count stands how far the outputs are from
 those of the model with what left set to zero. Weights are random, with biases and affines that matter. ``--write``
 puts the table into docs/pruners.md. Seconds go to stderr.
 """
@@ -38,9 +38,9 @@ ROOT = Path(__file__).parent.parent
 IMAGE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 TOKENS: Inputs = {"input_ids": torch.arange(32).reshape(1, 32)}
 ASKED = (
-    ("by default", {"heads": False, "normalised": True}),
-    ("and heads", {"heads": True, "normalised": True}),
-    ("maskprop's units", {"heads": True, "normalised": False}),
+    ("by default", {"heads": False, "layer_norms": True}),
+    ("and heads", {"heads": True, "layer_norms": True}),
+    ("heads, but no layer norm's axis", {"heads": True, "layer_norms": False}),
 )
 
 

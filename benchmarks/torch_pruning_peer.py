@@ -18,7 +18,7 @@ SECONDS = 60  # after which it is taken not to end
 
 
 def prune_by_torch_pruning(
-    model: nn.Module, dummy: Inputs, ratio: float, *, heads: bool, normalised: bool
+    model: nn.Module, dummy: Inputs, ratio: float, *, heads: bool, layer_norms: bool
 ) -> tuple[int, float]:
     """Prune a model with Torch-Pruning by L1 norm.
 
@@ -30,7 +30,7 @@ def prune_by_torch_pruning(
         ratio: of every group.
         heads: prune whole heads by the same ratio, and set the attributes that count them, as Torch-Pruning's
             examples do; else heads stay.
-        normalised: prune axes that a layer or RMS norm normalises over.
+        layer_norms: prune axes that a layer norm normalises over.
 
     Returns:
         Parameters that are left, and the relative L2 distance of the outputs to those of the masked model: the
@@ -45,7 +45,7 @@ def prune_by_torch_pruning(
             dummy,
             importance=tp.importance.MagnitudeImportance(p=1),
             pruning_ratio=ratio,
-            ignored_layers=_ignored(model, dummy, normalised),
+            ignored_layers=_ignored(model, dummy, layer_norms),
             num_heads=_heads(model),
             prune_num_heads=True,
             prune_head_dims=False,
@@ -86,15 +86,13 @@ def _masks(original: nn.Module, numbered: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
-def _ignored(model: nn.Module, dummy: Inputs, normalised: bool) -> list[nn.Module]:
-    """The last layer; and, if normalised axes stay, norms and embeddings, which keep their whole groups."""
+def _ignored(model: nn.Module, dummy: Inputs, layer_norms: bool) -> list[nn.Module]:
+    """The last layer; and, if their axes stay, the layer norms, which keep their whole groups."""
     with torch.no_grad():
         width = tensors(call(model, dummy))[0].shape[-1]
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     ignored: list[nn.Module] = [last] if last.out_features == width else []
-    return (
-        ignored if normalised else ignored + [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.Embedding))]
-    )
+    return ignored if layer_norms else ignored + [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:

@@ -1,5 +1,6 @@
 """From a model to good masks: coupled groups, scores, pruners, schedules."""
 
+from maskprop.pruning.budget import Budget
 from maskprop.pruning.discover import prunable_groups
 from maskprop.pruning.groups import Group, Groups, Member
 from maskprop.pruning.interop import (
@@ -46,6 +47,7 @@ __all__ = [
     "AGPPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankPruner",
+    "Budget",
     "Cost",
     "FPGMPruner",
     "FisherPruner",

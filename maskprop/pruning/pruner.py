@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from maskprop.errors import OptionError
+from maskprop.pruning.budget import Budget, fit
 from maskprop.pruning.choose import Limits, choose
 from maskprop.pruning.config import Config, Rule, Selection, select
 from maskprop.pruning.discover import prunable_groups
 from maskprop.pruning.groups import Group, Groups
 from maskprop.pruning.local import local_groups
 from maskprop.pruning.masking import applied_masks, apply_masks, remove_masks
-from maskprop.pruning.removal import NestedMasks, Removal, remove
+from maskprop.pruning.removal import NestedMasks, Removal, forecast, remove
 from maskprop.pruning.scores import Score, ScoreFunction, checked
 from maskprop.pruning.statistics import Loss, Statistics, collect
 
@@ -45,6 +46,8 @@ class Pruner:
         granularity: of the groups to take; by default channels and whole heads.
         channel_multiple: of an axis that shrinks, a multiple of so many elements stays.
         min_units: so many units of a group stay.
+        budget: prune no further than until the forecast is within it; the ratios of ``config`` then only say how much
+            one group is pruned beside another.
 
     Raises:
         SelectorError: the configuration names what does not exist.
@@ -71,8 +74,10 @@ class Pruner:
         granularity: str | Sequence[str] | None = None,
         channel_multiple: int = 1,
         min_units: int = 1,
+        budget: Budget | None = None,
     ) -> None:
         self.model = model
+        self.budget = budget
         self.limits = Limits(channel_multiple, min_units)
         if groups is not None and groups.model is not model:
             raise OptionError(
@@ -151,16 +156,31 @@ class Pruner:
         """Choose the units, without touching the model.
 
         Args:
-            scale: of all ratios. What was pruned before stays pruned.
+            scale: of all ratios, or of the way to the budget. What was pruned before stays pruned.
+
+        Raises:
+            RatioError: the budget is out of reach.
+            GroupError: there is a budget and no dummy input.
         """
         self.calibrate()
         before = self.removal.parts if self.removal is not None else {}
         scores = {name: checked(self.score, group) for name, (group, _) in self.plan.items()}
         for name, gone in before.items():
             scores[name] = scores[name].masked_fill(gone, -torch.inf)
-        self.removal = remove(self.groups, choose(self.plan, scores, self.limits, scale))
+        self.removal = remove(self.groups, self._choose(scores, scale))
         log.info("%s keeps %s", type(self).__name__, self.removal.kept)
         return self.removal
+
+    def _choose(self, scores: Mapping[str, Tensor], scale: float) -> Mapping[str, Tensor]:
+        if self.budget is None:
+            return choose(self.plan, scores, self.limits, scale)
+        ratios = [rule.ratio for _, rule in self.plan.values() if rule.ratio]
+        return fit(
+            self.budget.allowed(forecast(self.groups, {}), scale),
+            lambda s: choose(self.plan, scores, self.limits, s),
+            lambda chosen: forecast(self.groups, chosen),
+            1 / min(ratios, default=1.0),
+        )
 
     @property
     def masks(self) -> NestedMasks:

@@ -133,6 +133,10 @@ class LevelPruner(Pruner):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.budget is not None:
+            raise OptionError(
+                "LevelPruner prunes single weights, of which few leave: it takes no budget. Give a ratio."
+            )
         self._masks: NestedMasks = {}
 
     def update(self, scale: float = 1.0) -> NestedMasks:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskprop.align.solve import Solution
+from maskprop.errors import GroupError
 from maskprop.pruning.groups import Group, Groups, Member
 from maskprop.pruning.structure import Cost
 
@@ -54,18 +55,32 @@ def remove(groups: Groups, chosen: Mapping[str, Tensor]) -> Removal:
             shape would not be regular, stays.
     """
     parts = {name: gone.clone() for name, gone in chosen.items() if bool(gone.any())}
-    forecast = None
+    cost = None
     if groups.structure is not None:
         solution = _solve(groups, parts)
         parts = {name: torch.from_numpy(solution.removed[groups[name].classes]) for name in parts}
-        forecast = groups.structure.cost(solution)
+        cost = groups.structure.cost(solution)
     masks: NestedMasks = {}
     leaks = _leaks(groups) if groups.structure is not None else set()
     for name, gone in parts.items():
         for member in groups[name].members:
             if (not member.consumes or (member.name, member.axis) in leaks) and bool(gone.any()):
                 _add(masks, member, gone)
-    return Removal(groups, parts, masks, forecast)
+    return Removal(groups, parts, masks, cost)
+
+
+def forecast(groups: Groups, chosen: Mapping[str, Tensor]) -> Cost:
+    """What is left without these parts, as :func:`remove` forecasts it.
+
+    Raises:
+        GroupError: the groups were found without a dummy input.
+    """
+    if groups.structure is None:
+        raise GroupError(
+            "these groups were found without a dummy input, so that what they cost elsewhere is unknown. Pass "
+            "dummy_input to the pruner."
+        )
+    return groups.structure.cost(_solve(groups, {name: gone for name, gone in chosen.items() if bool(gone.any())}))
 
 
 def _solve(groups: Groups, parts: Mapping[str, Tensor]) -> Solution:
