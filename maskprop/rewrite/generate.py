@@ -360,9 +360,11 @@ class _Generator:
             source, dim = env[node.all_input_nodes[0]], int(str(node.args[1]))
             dim = dim % source.dim()
             shape = shape[dim : dim + len(sizes)]
+        dense = want.meta["tensor"].shape if name != "unflatten" else shape
+        if name == "expand" and want.target is not aten.expand.default:  # planned to change nothing: it is not compared
+            shape = dense = tuple(env[node.all_input_nodes[0]].shape)
         if len(sizes) != len(shape):
             raise _GiveUp(f"'{node.format_node()}' makes sizes in a way that is not understood")
-        dense = want.meta["tensor"].shape if name != "unflatten" else shape
         made = []
         for size, planned, before in zip(sizes, shape, dense, strict=True):
             actual = env[size] if isinstance(size, fx.Node) else size
