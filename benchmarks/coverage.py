@@ -6,7 +6,8 @@
     python -m benchmarks.coverage --table-only            # write docs/coverage.md from the results
 
 Each model runs in a process of its own, under a limit of time for each masking and of memory. Results are
-appended to a file of JSON lines as they come, so that a run can be stopped and resumed at any time.
+appended to a file of JSON lines for each zoo as they come, so that a run can be stopped and resumed at any time, and
+so that several machines can share the work; the page is written from all files in the folder.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rich.text import Text
 from .coverage_table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "coverage.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "coverage"
 TABLE = ROOT / "docs" / "coverage.md"
 ZOOS = ("torchvision", "timm", "hf")
 Row = dict[str, Any]
@@ -171,10 +172,10 @@ def _drain(stream: Any, lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def read_results(path: Path) -> dict[tuple[str, str, str], Row]:
-    """The newest row of each zoo, model and masking."""
+def read_results(folder: Path) -> dict[tuple[str, str, str], Row]:
+    """The newest row of each zoo, model and masking in any of a folder's files; later ones in a file are newer."""
     rows = {}
-    if path.exists():
+    for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             rows[row["zoo"], row["model"], row["masking"]] = row
@@ -188,10 +189,10 @@ def run(
     redo: str,
     jobs: int,
     limits: Limits,
-    path: Path,
+    folder: Path,
 ) -> None:
-    """Runs what the results file does not hold yet, and appends it there."""
-    done = read_results(path)
+    """Runs what the results do not hold yet, and appends it to the files of their zoos."""
+    done = read_results(folder)
     keep = {key for key, row in done.items() if redo == "none" or (redo == "failed" and row["outcome"] == "exact")}
     finished = {(zoo, model) for zoo, model, masking in keep if masking == "done"}
     models = [
@@ -199,11 +200,10 @@ def run(
     ]
     if redo == "none":
         models = [key for key in models if key not in finished]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tally: Counter[str] = Counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        path.open("a") as file,
         Progress(*columns, console=Console(stderr=True)) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
@@ -212,8 +212,8 @@ def run(
 
         def store(row: Row) -> None:
             with lock:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                with (folder / f"{row['zoo']}.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
                 if row["masking"] != "done":
                     tally[row["outcome"]] += 1
                     _announce(row, progress.console)
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--timeout", type=float, default=300, help="seconds a masking")
     parser.add_argument("--memory-gb", type=float, default=12)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="a file of JSON lines")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of JSON lines")
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""``docs/coverage.md`` out of the rows of a coverage run."""
+"""``docs/coverage.md`` out of the rows of coverage runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ OUTCOMES = {
     "unbuilt": "the model or its masks could not be made",
 }
 
+PREFACE = """Written by `python -m benchmarks.coverage` from the JSON lines in
+[benchmarks/results/coverage](../benchmarks/results/coverage); a run resumes what is there, `--redo` runs it anew.
+[maskings.py](../benchmarks/zoo/maskings.py) describes the maskings, each of which masks about half of what it names.
+Weights, biases, norms and running statistics are random. Each result is compared with the masked model on inputs that
+no stage of the speedup has seen, at two batch sizes (and another length where a model takes any). Parameters are
+counted as elements, tied ones once. Seconds are those of one speedup on a shared machine, and no benchmark.
+"""
+
 
 def write_table(rows: list[Row], path: Path) -> None:
     """Writes the page: totals, what needs attention, then every row."""
@@ -30,46 +38,55 @@ def write_table(rows: list[Row], path: Path) -> None:
 
 
 def _page(rows: list[Row]) -> Iterable[str]:
-    models = {(row["zoo"], row["model"]) for row in rows}
+    models = {_model(row) for row in rows}
     exact = [row for row in rows if row["outcome"] == "exact"]
-    clean = models - {(row["zoo"], row["model"]) for row in rows if row["outcome"] != "exact"}
+    clean = models - {_model(row) for row in rows if row["outcome"] != "exact"}
+    generated = {_model(row) for row in exact if row.get("extra", {}).get("generated")}
     mismatches = sum(row["outcome"] == "mismatch" for row in rows)
     yield "# Coverage"
     yield ""
-    yield "Written by `python -m benchmarks.coverage`; `benchmarks/zoo/maskings.py` describes the maskings."
-    yield "Weights, biases, norms and running statistics are random. Parameters are counted as elements, tied"
-    yield "ones once. Seconds are those of one speedup on a shared machine, and no benchmark."
+    yield f"* **{len(clean)} of {len(models)} models are exact under every masking** that fits them and was run."
+    yield f"* {len(exact)} of {len(rows)} speedups are exact; {sum(map(_smaller, exact))} of those removed parameters."
+    yield f"* **Silent mismatches: {mismatches}.** Not exact, for whatever reason: {len(rows) - len(exact)}."
+    yield f"* {len(models) - len(generated)} models needed no generated forward under any masking."
     yield ""
-    yield f"* **{len(clean)} of {len(models)} models are exact under every masking** that fits them."
-    yield f"* {len(exact)} of {len(rows)} speedups are exact; {_share(exact)} of those removed parameters."
-    yield f"* **Silent mismatches: {mismatches}.**"
-    yield ""
+    yield PREFACE
     yield from _counts("zoo", rows, lambda row: row["zoo"])
     yield from _counts("masking", rows, lambda row: row["masking"])
     yield "| outcome | meaning |"
     yield "|---|---|"
     yield from (f"| {outcome} | {meaning} |" for outcome, meaning in OUTCOMES.items())
     yield ""
-    yield from _generated(exact)
     yield from _section("Not exact", [row for row in rows if row["outcome"] != "exact"])
+    yield from _generated(exact)
+    yield from _kept([row for row in exact if not _smaller(row)])
     for zoo in sorted({row["zoo"] for row in rows}):
         yield from _section(zoo, [row for row in rows if row["zoo"] == zoo])
 
 
-def _share(exact: list[Row]) -> str:
-    return str(sum(row["after"] < row["before"] for row in exact))
+def _model(row: Row) -> tuple[str, str]:
+    return row["zoo"], row["model"]
+
+
+def _smaller(row: Row) -> bool:
+    return bool(row["after"] < row["before"])
 
 
 def _counts(title: str, rows: list[Row], key: Callable[[Row], str]) -> Iterable[str]:
     tallies: dict[str, Counter[str]] = {}
+    models: dict[str, set[tuple[str, str]]] = {}
     for row in rows:
-        tallies.setdefault(key(row), Counter())[row["outcome"]] += 1
+        tally = tallies.setdefault(key(row), Counter())
+        tally[row["outcome"]] += 1
+        tally["smaller"] += row["outcome"] == "exact" and _smaller(row)
+        models.setdefault(key(row), set()).add(_model(row))
     outcomes = [outcome for outcome in OUTCOMES if any(tally[outcome] for tally in tallies.values())]
-    yield f"| {title} | " + " | ".join(outcomes) + " | total |"
-    yield "|---|" + "---:|" * (len(outcomes) + 1)
+    yield f"| {title} | models | speedups | " + " | ".join(outcomes) + " | exact and smaller |"
+    yield "|---|" + "---:|" * (len(outcomes) + 3)
     for name, tally in tallies.items():
-        cells = [str(tally[outcome]) for outcome in outcomes]
-        yield f"| {name} | " + " | ".join([*cells, str(sum(tally.values()))]) + " |"
+        total = sum(tally[outcome] for outcome in outcomes)
+        cells = [len(models[name]), total, *(tally[outcome] for outcome in outcomes), tally["smaller"]]
+        yield f"| {name} | " + " | ".join(map(str, cells)) + " |"
     yield ""
 
 
@@ -83,11 +100,25 @@ def _generated(exact: list[Row]) -> Iterable[str]:
             holders.setdefault(kind, set()).add(row["model"])
     yield f"## Generated forwards: {len(reasons)}"
     yield ""
+    yield "Classes whose `forward` holds a number, or computes a size or a scale from what changed, so that no"
+    yield "attribute could be set instead; with the first op that the author's own forward gets wrong."
+    yield ""
     if reasons:
         yield "| class | because of | in |"
         yield "|---|---|---|"
     for kind, reason in sorted(reasons.items()):
         yield f"| `{kind}` | {_cell(reason)} | {', '.join(sorted(holders[kind]))} |"
+    yield ""
+
+
+def _kept(rows: list[Row]) -> Iterable[str]:
+    """Why nothing left, where nothing did."""
+    yield f"## Exact, and nothing left: {len(rows)}"
+    yield ""
+    if rows:
+        yield "| model | masking | the most frequent reasons |"
+        yield "|---|---|---|"
+    yield from (f"| {row['model']} | {row['masking']} | {_cell(row.get('detail', ''))} |" for row in rows)
     yield ""
 
 

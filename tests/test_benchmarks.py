@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import engine, machine, scaling
+from benchmarks import coverage, engine, machine, scaling
+from benchmarks.coverage_table import write_table
 from benchmarks.engine_table import section
 from benchmarks.subjects import SUBJECTS, half, rows
 from maskprop import load_masks
@@ -104,3 +106,31 @@ def test_a_worker_measures_and_tells_why_a_peer_fails(monkeypatch: pytest.Monkey
     assert found["error"] < 1e-5
     assert set(found["stages"]) >= {"trace", "infer", "align", "rewrite"}
     assert all(found[key] > 0 for key in ("cold", "warm", "verified", "forward", "copy"))
+
+
+def test_coverage_page_merges_the_runs_of_several_zoos(tmp_path: Path) -> None:
+    row = {
+        "masking": "heads",
+        "outcome": "exact",
+        "before": 10,
+        "after": 6,
+        "error": 1e-7,
+        "seconds": 0.1,
+        "how": "modules",
+    }
+    first = [
+        {**row, "zoo": "timm", "model": "a", "outcome": "refused", "detail": "VerifyError: no"},
+        {**row, "zoo": "timm", "model": "a", "extra": {"generated": {"x.Attention": "a number"}}},  # run again
+        {"zoo": "timm", "model": "a", "masking": "done", "outcome": "exact"},
+    ]
+    second = [{**row, "zoo": "hf", "model": "b", "outcome": "mismatch", "detail": "relative error 0.5"}]
+    for name, lines in (("timm", first), ("elsewhere", second)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    write_table(list(coverage.read_results(tmp_path).values()), tmp_path / "coverage.md")
+    page = (tmp_path / "coverage.md").read_text()
+    assert "**1 of 2 models are exact under every masking**" in page
+    assert "1 of 2 speedups are exact; 1 of those removed parameters." in page
+    assert "**Silent mismatches: 1.** Not exact, for whatever reason: 1." in page
+    assert "| b | heads | 10 | 6 | 1.0e-07 | 0.1 | **mismatch**: relative error 0.5 |" in page
+    assert "| `x.Attention` | a number | a |" in page
+    assert "VerifyError" not in page

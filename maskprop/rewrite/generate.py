@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
