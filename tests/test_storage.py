@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,6 +363,12 @@ def test_another_torch_may_print_settings_otherwise(saved: Path) -> None:
     maskprop.load(saved, ConvNet)
 
 
+class Sourceless(LeNet):
+    """Its source cannot be found, so its forward is traced, and saved as code."""
+
+    forward = types.FunctionType(LeNet.forward.__code__.replace(co_filename="<nowhere>"), LeNet.forward.__globals__)
+
+
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
@@ -381,24 +388,24 @@ def test_another_torch_may_print_settings_otherwise(saved: Path) -> None:
     ],
 )
 def test_code_in_a_plan_is_vetted(generator: torch.Generator, tmp_path: Path, source: str, complaint: str) -> None:
-    maskprop.save(sped_up(LeNet(), generator).model, tmp_path)
+    maskprop.save(sped_up(Sourceless(), generator).model, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     plan["parts"][""]["steps"][0]["modules"][""]["class"]["source"] = source
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(LoadError, match=complaint):
-        maskprop.load(tmp_path, LeNet)
+        maskprop.load(tmp_path, Sourceless)
 
 
 def test_code_is_trusted_on_request(generator: torch.Generator, tmp_path: Path) -> None:
-    maskprop.save(sped_up(LeNet(), generator).model, tmp_path)
+    maskprop.save(sped_up(Sourceless(), generator).model, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     described = plan["parts"][""]["steps"][0]["modules"][""]["class"]
     described["imports"].append(["json", ["json", ""]])
     described["source"] = described["source"].replace("return ", "json.dumps(0);  return ")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(LoadError, match="uses the module json, and loading would run it"):
-        maskprop.load(tmp_path, LeNet)
-    maskprop.load(tmp_path, LeNet, trust_code=True)
+        maskprop.load(tmp_path, Sourceless)
+    maskprop.load(tmp_path, Sourceless, trust_code=True)
 
 
 # -- what cannot be saved, and where --------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from maskprop.align.constants import fold_constants, rescale_means
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
-from maskprop.align.solve import Bools, Ints, Solution, carriers, multiple_of, never_empty, regularity
+from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
 from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Coupling, Labels, Pin
 from maskprop.infer.sweep import Inference
@@ -84,10 +84,11 @@ def align(
         "it carries the constants of the units that left": carriers(c),
         "every head, group or part keeps equally many units": regularity(c.regulars),
         "an axis keeps at least one unit": never_empty([*owned, *c.nonempty]),
+        "its kernel asks for a multiple of so many units": multiples(c.multiples),
     }
     if channel_multiple > 1:
-        restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiple_of(
-            flat, channel_multiple
+        restore[f"channel_multiple={channel_multiple} asks for a multiple of that many units"] = multiples(
+            [(labels, channel_multiple) for labels in flat]
         )
     s.solve(restore)
     plan = Plan()

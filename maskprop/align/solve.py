@@ -162,12 +162,12 @@ def never_empty(axes: Sequence[Tensor]) -> Restore:
     return check
 
 
-def multiple_of(axes: Sequence[Tensor], multiple: int) -> Restore:
-    """Every shrunk axis keeps a multiple of ``multiple`` units."""
+def multiples(axes: Sequence[tuple[Tensor, int]]) -> Restore:
+    """Each axis keeps a multiple of its number of units."""
 
     def check(s: Solution) -> Ints:
         found = []
-        for labels in axes:
+        for labels, multiple in axes:
             leaves = s.leaves(labels).reshape(-1)
             lacking = -int((~leaves).sum()) % multiple
             if lacking and leaves.any():

@@ -71,7 +71,7 @@ def _changes(modules: dict[str, Any], code: bool) -> list[str]:
         for name, (old, new) in change["attributes"].items():
             lines.append(f"{path or 'model'}.{name}: {_value(old)} → {_value(new)}")
         if "class" in change:
-            source = change["class"].get("source")
+            source = change["class"].get("source") or change["class"].get("text")
             lines.append(
                 f"{path or 'model'}: generated forward" if source else f"{path}: becomes {change['class']['name']}"
             )

@@ -246,6 +246,13 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor | None:
     return _blank(a if isinstance(a, FakeTensor) else b, (a.shape[0], a.shape[1], b.shape[2]))
 
 
+def _grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor | None:
+    """The fake kernel takes no float32, which real ones do."""
+    if a.ndim != 2 or b.ndim != 3 or a.shape[1] != b.shape[1] or a.dtype != b.dtype or bias is not None or out_dtype:
+        return None
+    return _blank(a if isinstance(a, FakeTensor) else b, (a.shape[0], b.shape[2]))
+
+
 def _empty(size: Sequence[int], **kwargs: Any) -> Tensor | None:
     if list(size) != [0]:  # batch norm makes one of these a call
         return None
@@ -260,4 +267,5 @@ _SHORTCUTS: dict[OpOverload, Shortcut] = {
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
+    aten._grouped_mm.default: _grouped_mm,
 }

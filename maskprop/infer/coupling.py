@@ -101,6 +101,7 @@ class Coupling:
         rescales: means over axes that may shrink.
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
         nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
+        multiples: label arrays of axes that must keep a multiple of some number of units.
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
     """
 
@@ -114,6 +115,7 @@ class Coupling:
     rescales: list[Rescale] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     nonempty: list[Tensor] = field(default_factory=list)
+    multiples: list[tuple[Tensor, int]] = field(default_factory=list)
     node: str = ""
     facts: dict[fx.Node, Any] = field(default_factory=dict)
     needed: dict[fx.Node, Any] = field(default_factory=dict)
@@ -219,6 +221,10 @@ class Coupling:
     def triple(self, row: Tensor, outer: Tensor, inner: Tensor) -> None:
         """State ``row = outer or inner``."""
         self.triples.append((row, outer, inner))
+
+    def multiple(self, labels: Tensor, of: int) -> None:
+        """State that the axis keeps a multiple of ``of`` units."""
+        self.multiples.append((labels, of))
 
     def uniform(self, labels: Tensor | None, axes: Sequence[int]) -> Tensor | None:
         """Tie the labels over ``axes`` (other axes than their own), which then stop varying there."""

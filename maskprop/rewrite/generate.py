@@ -60,7 +60,7 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with edits.suspended(), frozen_state(edits.model):  # the author's forward runs on the dense module only
         calls = {p: graph.calls[p] for p in paths if p in graph.calls}
-        state = _opaque_arguments(edits.model, calls, inputs, fake)
+        state = opaque_arguments(edits.model, calls, inputs, fake)
         for path in calls:
             module = edits.model.get_submodule(path)
             try:
@@ -134,7 +134,7 @@ def _dense_shape(node: fx.Node) -> Sequence[int]:
     return shape_of(node)
 
 
-def _opaque_arguments(
+def opaque_arguments(
     model: nn.Module, calls: Mapping[str, tuple[Any, dict[str, Any]]], inputs: Inputs, fake: FakeTensorMode
 ) -> dict[str, dict[str, Any]]:
     """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run."""
@@ -299,7 +299,7 @@ class _Generator:
         name = str(getattr(node.target, "__name__", node.target))
         shapes = self.replay.shapes[want]
         if name == "scaled_dot_product_attention":
-            node.kwargs = {**node.kwargs, "scale": _attention_scale(self.dense[self.at :])}
+            node.kwargs = {**node.kwargs, "scale": attention_scale(self.dense[self.at :])}
         elif name in (
             "view",
             "reshape",
@@ -394,7 +394,7 @@ def _reads_shape(node: fx.Node) -> bool:
     return source.target == "size" or (source.target is getattr and source.args[1] == "shape")
 
 
-def _attention_scale(ops: Sequence[fx.Node]) -> float:
+def attention_scale(ops: Sequence[fx.Node]) -> float:
     """The dense scale: the square of what the math kernel multiplies q and k by."""
     for op in ops:
         if op.target is aten.mul.Scalar:

@@ -30,6 +30,7 @@ from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
+from maskprop.rewrite.patch import patch_forwards
 from maskprop.rewrite.replay import Mismatch, Replay
 from maskprop.rewrite.unread import unread_attributes
 
@@ -202,7 +203,7 @@ class Repair:
         if mismatch.op is None:
             return
         seen: set[tuple[str, str, float]] = set()
-        for path in _lineage(mismatch.path):
+        for path in [*_lineage(mismatch.path), *self._helpers(mismatch.path)]:
             module = self.edits.model.get_submodule(path)
             sizes: list[_Size | _Number] = [*_changed_number(replay, mismatch), *_changed_sizes(replay, mismatch)]
             for size in sizes:
@@ -211,6 +212,12 @@ class Repair:
                     if new is not None and not name.startswith("__") and (path, name, size.new) not in seen:
                         seen.add((path, name, size.new))
                         yield _Candidate(path, name, value, new, size)
+
+    def _helpers(self, path: str) -> list[str]:
+        """Modules below one that are never called: what they do counts as done by it."""
+        dot = path + "." if path else ""
+        below = (dot + name for name, _ in self.edits.model.get_submodule(path).named_modules() if name)
+        return [name for name in below if name not in self.graph.calls]
 
     def _everywhere(self, replay: Replay, candidate: _Candidate) -> list[AttributeChange]:
         """The change, and the same change in the other modules of the class, each with its own size."""
@@ -245,7 +252,9 @@ class Repair:
             if type(module) is kind and path not in self.generated and self._changes(replay, path)
         ]
         mark = self.edits.mark()
-        done = generate_forwards(self.edits, self.graph, replay, paths, self.inputs)
+        done = patch_forwards(self.edits, self.graph, replay, paths, self.inputs)
+        rest = [p for p in paths if p not in done]
+        done += generate_forwards(self.edits, self.graph, replay, rest, self.inputs) if mismatch.path in rest else []
         self._failed = set(paths) - set(done) if done else set()
         after = replay.run(self.edits.model, self.inputs)
         if mismatch.path in done and (after is None or after.index > mismatch.index):

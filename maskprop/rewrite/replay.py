@@ -48,6 +48,7 @@ class Mismatch:
         op: the dense op, or ``None`` past the end.
         wanted, actual: shapes or scalar arguments.
         error: what ``forward`` raised there, if it did.
+        got: the compact op, if there is one.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Mismatch:
     wanted: Any
     actual: Any
     error: str = ""
+    got: fx.Node | None = None
 
     def __str__(self) -> str:
         at = f"{self.op.target} in '{self.path}'" if self.op is not None else f"'{self.path}'"
@@ -96,16 +98,25 @@ class Replay:
                 pairs.append((source.meta["tensor"].shape, self.alignment.expected_shape(source)))
         return pairs
 
+    def first_call(self, path: str) -> list[fx.Node]:
+        """The ops that a module and those below it made when it was called first, in order."""
+        inside = [n for n in self.ops if path == "" or f"{n.meta['path']}.".startswith(path + ".")]
+        own = sorted({int(n.meta["call"]) for n in inside if n.meta["path"] == path})
+        return [n for n in inside if len(own) < 2 or n.meta["call"] < own[1]]
+
     def position(self, node: fx.Node) -> int | None:
         """Where an op stands among its module's own."""
         return self._position.get(node)
 
-    def dense(self, strict: bool) -> list[fx.Node]:
-        """The dense ops that are compared, see :meth:`significant`."""
+    def dense(self, strict: bool, among: Sequence[fx.Node] | None = None) -> list[fx.Node]:
+        """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
         if strict not in self._dense:
             kept = [n for n in self.ops if not self._skipped(n)]
             self._dense[strict] = [n for n in kept if not _idle(n, self.shapes[n], self._input_shape(n), strict)]
-        return self._dense[strict]
+        if among is None:
+            return self._dense[strict]
+        chosen = set(among)
+        return [n for n in self._dense[strict] if n in chosen]
 
     def significant(self, actual: Sequence[fx.Node], strict: bool = True) -> list[fx.Node]:
         """The compact ops that are compared: no memory layout, nothing in replaced modules, no idle reshape.
@@ -135,28 +146,37 @@ class Replay:
     def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
         """Trace ``model`` and return the first mismatch."""
         graph, error, path = trace_partial(model, inputs, self.concrete)
-        self._constants.update({n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"})
-        return self.compare([n for n in graph.fx.nodes if is_op(n)], error, path)
+        return self.compare(graph, error, path)
 
-    def compare(self, actual: list[fx.Node], error: Exception | None, path: str) -> Mismatch | None:
-        """The first mismatch between the recorded ops and the expected ones."""
-        found = self._first_mismatch(actual, error, path, strict=True)
+    def compare(
+        self, graph: Graph, error: Exception | None, path: str, expected: Sequence[fx.Node] | None = None
+    ) -> Mismatch | None:
+        """The first mismatch between a compact model's recorded ops and the dense ones.
+
+        Args:
+            graph: of the compact model, or of one of its modules.
+            error: what ended it early, if anything did.
+            path: of the module where it ended.
+            expected: the dense ops; all by default.
+        """
+        self._constants.update({n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"})
+        made = graph.ops
+        found = self._first_mismatch(self.dense(True, expected), self.significant(made, True), error, path)
         if found is None:
             return None
-        lenient = self._first_mismatch(actual, error, path, strict=False)
+        lenient = self._first_mismatch(self.dense(False, expected), self.significant(made, False), error, path)
         # where both see the same op at fault, the strict one names the reshape before it
         if lenient is None or found.op is None or lenient.op is None:
             return lenient
         return found if found.index >= lenient.index - 3 and found.path == lenient.path else lenient
 
     def _first_mismatch(
-        self, actual: list[fx.Node], error: Exception | None, path: str, strict: bool
+        self, dense: list[fx.Node], compact: list[fx.Node], error: Exception | None, path: str
     ) -> Mismatch | None:
-        dense, compact = self.dense(strict), self.significant(actual, strict)
         for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got)
             if found is not None:
-                return Mismatch(self._place[want], str(want.meta["path"]), want, *found)
+                return Mismatch(self._place[want], str(want.meta["path"]), want, *found, got=got)
         n = min(len(dense), len(compact))
         at = dense[n] if n < len(dense) else None
         index = len(self.ops) if at is None else self._place[at]

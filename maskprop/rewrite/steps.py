@@ -21,6 +21,7 @@ from maskprop.align.plan import Plan
 from maskprop.errors import ArchitectureError, LoadError, PlanError
 from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
+from maskprop.rewrite.authored import NoSource, Patch, patched_class
 from maskprop.rewrite.dead import Constant
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import build_class
@@ -276,6 +277,9 @@ def count_bytes(model: nn.Module) -> int:
 
 def _describe_class(cls: type) -> dict[str, Any] | None:
     members = vars(cls)
+    if "generated_patches" in members:
+        patches = [patch.to_dict() for patch in members["generated_patches"]]
+        return {"patches": patches, "text": members["generated_text"]}
     if "generated_source" in members:
         return {
             "source": members["generated_source"],
@@ -287,6 +291,15 @@ def _describe_class(cls: type) -> dict[str, Any] | None:
 def _build_class(module: nn.Module, path: str, data: dict[str, Any], trust_code: bool) -> type:
     if "name" in data:
         return _CLASSES[data["name"]]
+    if "patches" in data:
+        author = getattr(type(module), "generated_from", type(module))
+        try:
+            return patched_class(author, tuple(Patch.from_dict(patch) for patch in data["patches"]))
+        except NoSource as error:
+            raise LoadError(
+                f"the forward of '{path}' was changed in places that cannot be found again: {error}. "
+                "Install the version of its library that the model was saved with, or speed the dense model up again."
+            ) from error
     used = names_in(data["source"])
     imports = tuple((name, (home, attribute)) for name, (home, attribute) in data["imports"] if name in used)
     children = {part for name, _ in [*module.named_modules(), *module.named_parameters()] for part in name.split(".")}

@@ -3,6 +3,7 @@
 from maskprop.infer.rules import (
     convolution,
     gated,
+    grouped,
     joining,
     lookup,
     matmul,
@@ -24,6 +25,7 @@ from maskprop.infer.rules.registry import (
 )
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "gated", "joining", "lookup", "matmul", "movement", "norms", "pointwise",
-    "reductions", "register", "register_rule", "registered", "scatter", "spatial", "spectral", "unregister_rule",
+    "Rule", "convolution", "find_rule", "gated", "grouped", "joining", "lookup", "matmul", "movement", "norms",
+    "pointwise", "reductions", "register", "register_rule", "registered", "scatter", "spatial", "spectral",
+    "unregister_rule",
 ]  # fmt: skip

@@ -1,0 +1,442 @@
+"""The author's functions as source: find an expression in one, and build a class in which expressions are changed.
+
+A generated forward that is the author's own with a number changed keeps everything else that the author wrote: every
+branch, every other argument, caches, decorators. What is changed is written down as :class:`Patch`, which is data: a
+saved plan that holds patches holds no code.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+import hashlib
+import inspect
+import linecache
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class NoSource(Exception):
+    """A function's source cannot be found, or cannot be changed."""
+
+
+Span = tuple[int, int, int, int]
+Chain = tuple[tuple[str, ...], tuple[Span, ...]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """An expression in a forward, or in a function that is called from there.
+
+    Attributes:
+        function: ``forward``, then the functions that lead from it to the one meant: ``self.name`` is a method.
+        sites: where each of them calls the next: their spans.
+        span: of the expression: first line, column, last line, column; lines are counted from the function's first.
+        digest: of the functions' sources.
+    """
+
+    function: tuple[str, ...]
+    sites: tuple[Span, ...]
+    span: Span
+    digest: str
+
+    @property
+    def chain(self) -> Chain:
+        """The function as it is called there, and not elsewhere."""
+        return self.function, self.sites
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One expression, changed.
+
+    Attributes:
+        place: where.
+        kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced) or
+            ``"number"`` (the number that meets a tensor in an expression is replaced).
+        at: sizes and argument: how many arguments stand before; a name for a keyword argument.
+        value: sizes: ``(axis, numerator, denominator)`` each; else what comes in its place.
+    """
+
+    place: Place
+    kind: str
+    at: int | str
+    value: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Patch:
+        """The reverse of :meth:`to_dict`."""
+        place = data["place"]
+        sites = _tuples(place["sites"])
+        where = Place(tuple(place["function"]), sites, _tuples(place["span"]), place["digest"])
+        return cls(where, data["kind"], data["at"], _tuples(data["value"]))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+# -- what patched code calls --------------------------------------------------------------------
+
+
+def scaled(changes: tuple[tuple[int, int, int], ...], *sizes: Any) -> tuple[Any, ...]:
+    """Sizes with those at some axes times a ratio; -1 stays."""
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    found = list(sizes)
+    for axis, numerator, denominator in changes:
+        if found[axis] != -1:
+            found[axis] = found[axis] * numerator // denominator
+    return tuple(found)
+
+
+def instead(number: float, value: Any) -> Any:
+    """A tensor stays; a number becomes another."""
+    return value if isinstance(value, Tensor) else number
+
+
+_HELPERS: dict[str, Callable[..., Any]] = {"maskprop_scaled": scaled, "maskprop_instead": instead}
+
+
+# -- finding ------------------------------------------------------------------------------------
+
+
+def identity(code: types.CodeType) -> tuple[str, int, str]:
+    """What a function and its patched copies have in common."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def plain_function(value: Any) -> types.FunctionType | None:
+    """The function below decorators and bindings."""
+    value = inspect.unwrap(value.__func__ if isinstance(value, (staticmethod, classmethod)) else value)
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def place_of(cls: type, frames: Sequence[tuple[types.CodeType, int]]) -> Place:
+    """Where the instruction stands that a stack of calls ends in.
+
+    Args:
+        cls: of the module whose forward is the outermost frame.
+        frames: code and last instruction, the innermost first.
+
+    Raises:
+        NoSource: the instruction stands in a function that ``cls`` does not reach by names.
+    """
+    names: tuple[str, ...] = ("forward",)
+    sites: list[Span] = []
+    function = resolve(cls, names)
+    last = frames[-1]
+    for frame in frames[-2::-1]:  # inwards
+        inside = any(identity(frame[0]) == identity(code) for code in _nested(function.__code__))
+        if not inside:
+            span = _span(function, last)
+            call = _find(_definition(function), span)
+            names, sites = (*names, _called(call)), [*sites, span]
+            function = resolve(cls, names)
+            if identity(function.__code__) != identity(frame[0]):
+                raise NoSource(f"{names[-1]} is not what is called there")
+        last = frame
+    return Place(names, tuple(sites), _span(function, last), _digest(cls, names))
+
+
+def _span(function: types.FunctionType, frame: tuple[types.CodeType, int]) -> Span:
+    """Where in a function's source an instruction stands."""
+    code, instruction = frame
+    if not hasattr(code, "co_positions"):
+        raise NoSource("before Python 3.11 instructions do not tell where they stand")
+    line = _definition(function).lineno
+    first, last, start, end = list(code.co_positions())[instruction // 2]
+    if first is None or last is None or start is None or end is None:
+        raise NoSource(f"{code.co_name} does not tell where its instructions stand")
+    return first - line, start, last - line, end
+
+
+def _called(call: ast.AST) -> str:
+    """The name of the author's function that a call means."""
+    func = call.func if isinstance(call, ast.Call) else None
+    if isinstance(func, ast.Name):
+        return func.id
+    if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
+        return f"self.{func.attr}"
+    raise NoSource("a function is called in a way that is not understood")
+
+
+def _nested(code: types.CodeType) -> Iterable[types.CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _nested(constant)
+
+
+def resolve(cls: type, names: Sequence[str]) -> types.FunctionType:
+    """The author's function that a chain of names means.
+
+    Raises:
+        NoSource: there is none.
+    """
+    author = getattr(cls, "generated_from", cls)
+    found: types.FunctionType | None = None
+    for i, name in enumerate(names):
+        if i == 0 or name.startswith("self."):
+            value = inspect.getattr_static(author, name.removeprefix("self."), None)
+            bound = not isinstance(value, (staticmethod, classmethod, property))
+            found = plain_function(value) if bound and callable(value) else None
+        else:
+            found = None if found is None else plain_function(found.__globals__.get(name))
+    if found is None:
+        raise NoSource(f"{author.__name__} has no function {'.'.join(names)}")
+    return found
+
+
+def _definition(function: types.FunctionType) -> ast.FunctionDef:
+    filename, line, name = identity(function.__code__)
+    text = "".join(linecache.getlines(filename, function.__globals__))
+    for definition in _definitions(text):
+        if definition.name == name and min([definition.lineno, *(d.lineno for d in definition.decorator_list)]) == line:
+            return definition
+    raise NoSource(f"the source of {name} cannot be found")
+
+
+@functools.lru_cache(maxsize=64)
+def _definitions(text: str) -> list[ast.FunctionDef]:
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    return [_Unroll().visit(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+# Columns between the copies of an unrolled expression.
+_APART = 10_000
+
+
+class _Unroll(ast.NodeTransformer):
+    """``q, k, v = (f(t) for t in (q, k, v))`` becomes a tuple, so that each element has a place of its own."""
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign:
+        loop, target = node.value, node.targets[0]
+        if not isinstance(loop, (ast.GeneratorExp, ast.ListComp)) or not isinstance(target, (ast.Tuple, ast.List)):
+            return node
+        one, *others = loop.generators
+        items = one.iter.elts if isinstance(one.iter, (ast.Tuple, ast.List)) else []
+        plain = all(isinstance(item, (ast.Name, ast.Attribute)) for item in items)
+        if not items or not plain or others or one.ifs or one.is_async or not isinstance(one.target, ast.Name):
+            return node
+        copies = []
+        for i, item in enumerate(items):
+            element: ast.expr = _Substitute(one.target.id, item).visit(copy.deepcopy(loop.elt))
+            for part in ast.walk(element):
+                if isinstance(part, (ast.expr, ast.keyword)):
+                    part.col_offset += i * _APART
+                    part.end_col_offset = (part.end_col_offset or 0) + i * _APART
+            copies.append(element)
+        node.value = ast.copy_location(ast.Tuple(copies, ast.Load()), loop)
+        return node
+
+
+class _Substitute(ast.NodeTransformer):
+    """Another expression in place of a variable."""
+
+    def __init__(self, name: str, value: ast.expr) -> None:
+        self.name, self.value = name, value
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.copy_location(copy.deepcopy(self.value), node) if node.id == self.name else node
+
+
+def _digest(cls: type, names: Sequence[str]) -> str:
+    text = "".join(_text(resolve(cls, names[:n])) for n in range(1, len(names) + 1))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(function: types.FunctionType) -> str:
+    definition = _definition(function)
+    lines = linecache.getlines(function.__code__.co_filename, function.__globals__)
+    return "".join(lines[definition.lineno - 1 : definition.end_lineno])
+
+
+def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
+    """The call or the arithmetic that stands at a place.
+
+    Raises:
+        NoSource: neither stands there.
+    """
+    return _find(_definition(resolve(cls, place.function)), place.span)
+
+
+def _find(definition: ast.FunctionDef, span: Span) -> ast.expr | ast.stmt:
+    first, start, last, end = span
+    exact: list[ast.expr | ast.stmt] = []
+    for node in ast.walk(definition):
+        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
+            continue
+        if (node.end_lineno or 0) - definition.lineno != last or node.end_col_offset != end:
+            continue
+        # a call of a method over several lines is said to start at the method's name
+        if (node.lineno - definition.lineno, node.col_offset) == (first, start):
+            return node
+        if isinstance(node, ast.Call):
+            exact.append(node)
+    if len(exact) != 1:
+        raise NoSource(f"no call stands at line {first} of {definition.name}")
+    return exact[0]
+
+
+# -- building -----------------------------------------------------------------------------------
+
+
+def patched_class(base: type, patches: tuple[Patch, ...]) -> type:
+    """A subclass of the author's class in which some expressions are changed.
+
+    Args:
+        base: the author's class, or one made here, whose patches come first.
+        patches: in order.
+
+    Raises:
+        NoSource: an expression is not where the patches were made for.
+    """
+    return _build(getattr(base, "generated_from", base), (*getattr(base, "generated_patches", ()), *patches))
+
+
+@functools.cache
+def _build(base: type, patches: tuple[Patch, ...]) -> type:
+    by_chain: dict[Chain, list[Patch]] = {(("forward",), ()): []}
+    for patch in patches:
+        names, sites = patch.place.chain
+        if patch.place.digest != _digest(base, names):
+            raise NoSource(f"{'.'.join(names)} of {base.__name__} is not what its patches were made for")
+        for n in range(1, len(names)):  # whoever calls a changed function changes too
+            by_chain.setdefault((names[:n], sites[: n - 1]), [])
+        by_chain.setdefault((names, sites), []).append(patch)
+    built: dict[Chain, Any] = {}
+    sources: list[str] = []
+    for names, sites in sorted(by_chain, key=lambda chain: len(chain[0]), reverse=True):
+        called = {s[-1]: f for (n, s), f in built.items() if n[:-1] == names and s[:-1] == sites}
+        built[names, sites], source = _compile(base, names, by_chain[names, sites], called)
+        sources.append(source)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return rebuild_patched, (base, patches), self.__dict__.copy()
+
+    members = {
+        "__doc__": f"{base.__name__} with a forward in which maskprop changed numbers that the author wrote.",
+        "__module__": base.__module__,
+        "__reduce_ex__": __reduce_ex__,
+        "forward": built[("forward",), ()],
+        "generated_from": base,
+        "generated_patches": patches,
+        "generated_text": "\n\n".join(reversed(sources)),
+    }
+    return type(base.__name__, (base,), members)
+
+
+def rebuild_patched(base: type, patches: tuple[Patch, ...]) -> nn.Module:
+    """An empty module of a patched class, for ``pickle``."""
+    module: Any = object.__new__(_build(base, patches))
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _compile(
+    base: type, names: tuple[str, ...], patches: Sequence[Patch], called: Mapping[Span, Any]
+) -> tuple[Any, str]:
+    """A function with its patches, and its source. What it calls in changed form becomes a closure's variable."""
+    original = resolve(base, names)
+    definition = _definition(original)
+    made = copy.deepcopy(definition)
+    for patch in patches:
+        made = ast.fix_missing_locations(_Rewrite(made, patch).visit(made))
+    changed = {f"maskprop_{i}": function for i, function in enumerate(called.values())}
+    for name, site in zip(changed, called, strict=True):
+        _redirect(_find(made, site), name)
+    for argument in ast.walk(made.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    made.returns = None
+    cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
+    owner = next((b for b in base.__mro__ if names[-1].removeprefix("self.") in vars(b)), base)
+    scope: dict[str, Any] = (
+        {n: c.cell_contents for n, c in cells.items()} | {"__class__": owner} | _HELPERS | {**changed}
+    )
+    factory = ast.parse(f"def factory({', '.join(scope)}):\n    return {made.name}").body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.body.insert(0, made)
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    flags = original.__code__.co_flags & __future__.annotations.compiler_flag
+    local: dict[str, Any] = {}
+    code = compile(module, original.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    exec(code, original.__globals__, local)
+    function = local["factory"](**scope)
+    bare = plain_function(function)
+    if bare is not None:
+        bare.__annotations__, bare.__qualname__ = original.__annotations__, original.__qualname__
+    return function, ast.unparse(made)
+
+
+def _redirect(call: ast.AST, name: str) -> None:
+    """Let a call mean a changed copy of what it called."""
+    assert isinstance(call, ast.Call)
+    if isinstance(call.func, ast.Attribute):
+        call.args.insert(0, call.func.value)
+    call.func = ast.copy_location(ast.Name(name, ast.Load()), call.func)
+
+
+class _Rewrite(ast.NodeTransformer):
+    """Changes the expression of one patch."""
+
+    def __init__(self, definition: ast.FunctionDef, patch: Patch) -> None:
+        self.patch = patch
+        self.target = _find(definition, patch.place.span)
+
+    def visit(self, node: ast.AST) -> Any:
+        node = self.generic_visit(node)
+        if node is not self.target:
+            return node
+        patch = self.patch
+        if patch.kind == "number":
+            if isinstance(node, ast.BinOp):
+                node.left, node.right = self._instead(node.left), self._instead(node.right)
+            elif isinstance(node, ast.AugAssign):
+                node.value = self._instead(node.value)
+            elif isinstance(node, ast.Call):
+                node.args = [self._instead(a) for a in node.args]
+        elif isinstance(node, ast.Call) and patch.kind == "argument":
+            self._set_argument(node)
+        elif isinstance(node, ast.Call) and isinstance(patch.at, int):
+            node.args[patch.at :] = self._scaled(node.args[patch.at :])
+        return ast.copy_location(node, self.target)
+
+    def _scaled(self, sizes: list[ast.expr]) -> list[ast.expr]:
+        literals = [sizes[axis] if axis < len(sizes) else None for axis, _, _ in self.patch.value]
+        if all(isinstance(size, ast.Constant) for size in literals):
+            for axis, numerator, denominator in self.patch.value:
+                sizes[axis] = _constant(ast.literal_eval(sizes[axis]) * numerator // denominator)
+            return sizes
+        return [ast.Call(ast.Name("maskprop_scaled", ast.Load()), [_constant(self.patch.value), *sizes], [])]
+
+    def _set_argument(self, call: ast.Call) -> None:
+        at, value = self.patch.at, _constant(self.patch.value)
+        if isinstance(at, int):
+            call.args[at] = value
+        else:
+            call.keywords = [k for k in call.keywords if k.arg != at] + [ast.keyword(at, value)]
+
+    def _instead(self, value: ast.expr) -> ast.expr:
+        number = _constant(self.patch.value)
+        if isinstance(value, ast.Constant):
+            return number
+        return ast.Call(ast.Name("maskprop_instead", ast.Load()), [number, value], [])
+
+
+def _constant(value: Any) -> ast.expr:
+    return ast.parse(repr(value), mode="eval").body

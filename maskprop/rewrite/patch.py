@@ -1,0 +1,299 @@
+"""Change the numbers in an author's forward that no longer fit.
+
+A module is run alone, on fake tensors of the planned sizes, beside what the plan expects of its ops. At the first op
+that differs, the expression that made it is looked up in the author's source (:mod:`maskprop.rewrite.authored`), and
+its sizes or its number are changed; until the module follows the plan.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import math
+import os
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+
+import maskprop
+from maskprop.graph.graph import Graph
+from maskprop.graph.record import Recorder
+from maskprop.graph.structure import tensors_in
+from maskprop.graph.trace import Inputs, frozen_state, plain_kernels, quiet
+from maskprop.rewrite.authored import (
+    NoSource,
+    Patch,
+    Place,
+    expression_at,
+    identity,
+    patched_class,
+    place_of,
+    plain_function,
+    resolve,
+)
+from maskprop.rewrite.concolic import bind_arguments
+from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.generate import Arguments, attention_scale, opaque_arguments
+from maskprop.rewrite.replay import Mismatch, Replay
+
+log = logging.getLogger(__name__)
+
+# How many expressions of one forward may be changed.
+MAX_PATCHES = 16
+# Names of calls that take sizes, and how many arguments stand before those: of a method, of a function.
+_SIZED = {
+    "view": (0, None), "reshape": (0, 1), "expand": (0, None), "broadcast_to": (0, 1), "unflatten": (1, 2),
+    "new_zeros": (0, None), "new_ones": (0, None), "new_empty": (0, None), "zeros": (None, 0), "ones": (None, 0),
+    "empty": (None, 0),
+}  # fmt: skip
+_NOT_AUTHORS = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch, maskprop))
+
+
+def patch_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[str], inputs: Inputs) -> list[str]:
+    """Change numbers in modules' forwards until they follow the plan, where that is possible.
+
+    Args:
+        edits: the compact model and its undo log.
+        graph: of the dense model.
+        replay: what the plan expects.
+        paths: modules to treat.
+        inputs: the dummy input.
+
+    Returns:
+        Paths of the modules whose forward was changed and follows the plan now.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    calls = {p: graph.calls[p] for p in paths if p in graph.calls}
+    with edits.suspended(), frozen_state(edits.model):
+        opaque = opaque_arguments(edits.model, calls, inputs, fake)
+    done = []
+    for path, call in calls.items():
+        mark = edits.mark()
+        try:
+            module = edits.model.get_submodule(path)
+            arguments = Arguments(bind_arguments(module, call), opaque.get(path, {}), fake)
+            if _Patcher(edits, path, replay, arguments, fake).run():
+                done.append(path)
+            else:
+                edits.rollback(mark)
+        except Exception as error:  # whatever the author's code raises: this module is left as it is
+            log.info("no number could be changed in '%s': %s: %s", path, type(error).__name__, error)
+            edits.rollback(mark)
+    return done
+
+
+class _Patcher:
+    """Patches one module."""
+
+    def __init__(self, edits: Edits, path: str, replay: Replay, arguments: Arguments, fake: FakeTensorMode) -> None:
+        self.edits, self.path, self.replay, self.arguments, self.fake = edits, path, replay, arguments, fake
+        self.module = edits.model.get_submodule(path)
+        self.dense = replay.first_call(path)
+
+    def run(self) -> bool:
+        """Patch until the module follows the plan; whether anything was patched.
+
+        Raises:
+            NoSource: an op differs whose expression cannot be changed.
+        """
+        before = -1
+        self.edits.set_class(self.module, patched_class(type(self.module), ()))  # with a place for each expression
+        for count in range(MAX_PATCHES):
+            mismatch, frames = self._replay()
+            if mismatch is None:
+                return count > 0
+            if mismatch.op is None or mismatch.path != self.path or mismatch.index < before:
+                raise NoSource(f"{mismatch} is not mended here")
+            before = mismatch.index
+            patch = self._patch(mismatch, frames)
+            log.debug("in '%s': %s", self.path, patch)
+            self.edits.set_class(self.module, patched_class(type(self.module), (patch,)))
+        raise NoSource(f"{MAX_PATCHES} changes did not make it follow")
+
+    def _replay(self) -> tuple[Mismatch | None, Frames]:
+        """Run the module alone and compare; where in the author's code the first mismatch arose."""
+        error = None
+        args, kwargs = _call_arguments(self.module, self.arguments.values(self.replay.alignment.expected_shape))
+        with frozen_state(self.edits.model), torch.no_grad(), plain_kernels(), quiet(), self.fake:
+            recorder = _PlaceRecorder(self.edits.model, self.module)
+            for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
+                recorder.add_input(tensor, f"x{i}")
+            try:
+                with recorder.module_paths(), recorder, torch.random.fork_rng(devices=[]):
+                    self.module(*args, **kwargs)
+            except Exception as raised:  # compared below
+                error = raised
+        mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
+        if mismatch is not None and mismatch.got is not None:
+            return mismatch, recorder.frames.get(mismatch.got, [])
+        return mismatch, [] if error is None else recorder.raised_at(error)
+
+    def _patch(self, mismatch: Mismatch, frames: Frames) -> Patch:
+        """What to change for a mismatch."""
+        want, cls = mismatch.op, type(self.module)
+        assert want is not None
+        if not frames:
+            raise NoSource(f"{mismatch} does not arise in its forward")
+        place = place_of(cls, [(frame.code, frame.instruction) for frame in frames])
+        expression = expression_at(cls, place)
+        shapes = self.replay.shapes[want]
+        name = _name(expression)
+        if name == "scaled_dot_product_attention":
+            ops = self.dense[self.dense.index(want) :]
+            return Patch(place, "argument", "scale", attention_scale(ops))
+        if name in _SIZED and isinstance(expression, ast.Call):
+            method, function = _SIZED[name]
+            before = function if self._is_function(place, expression) else method
+            if before is None or expression.keywords:
+                raise NoSource(f"sizes of {name} cannot be changed")
+            sizes = (
+                _sizes_of(mismatch.got) if mismatch.got is not None else frames[0].evaluate(expression.args[before:])
+            )
+            return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
+        if name in ("split", "split_with_sizes", "tensor_split") and isinstance(expression, ast.Call):
+            return self._split(place, expression, want, shapes)
+        scalars = [a for a in want.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
+            return Patch(place, "number", 0, scalars[0])
+        raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
+
+    @staticmethod
+    def _ratios(name: str, sizes: Sequence[int], planned: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+        """Where a call's own sizes differ from the planned ones, and by which ratio."""
+        if name == "unflatten":  # it reshapes, and its sizes stand inside those of the result
+            raise NoSource("unflatten is not understood yet")
+        if len(sizes) != len(planned):
+            raise NoSource(f"{name} has {len(sizes)} sizes where {len(planned)} were expected")
+        ratios = []
+        for axis, (size, wanted) in enumerate(zip(sizes, planned, strict=True)):
+            if size not in (wanted, -1, 0):
+                common = math.gcd(wanted, size)
+                ratios.append((axis, wanted // common, size // common))
+        if not ratios:
+            raise NoSource(f"the sizes of {name} are as planned")
+        return tuple(ratios)
+
+    def _split(
+        self, place: Place, expression: ast.Call, want: fx.Node, shapes: Sequence[tuple[int, ...] | None]
+    ) -> Patch:
+        metas = want.meta["tensor"]
+        dense = [m.shape for m in metas if m is not None]
+        planned = [s for s in shapes if s is not None]
+        axes = [i for i in range(len(dense[0])) if any(d[i] != p[i] for d, p in zip(dense, planned, strict=False))]
+        if len(axes) != 1 or len(planned) != len(metas):
+            raise NoSource("parts that nothing reads")
+        sizes = tuple(s[axes[0]] for s in planned)
+        before = 1 if self._is_function(place, expression) else 0
+        return Patch(place, "argument", before, sizes[0] if len(set(sizes)) == 1 else sizes)
+
+    def _is_function(self, place: Place, call: ast.Call) -> bool:
+        """Whether a call's receiver is a module such as ``torch``, not a tensor."""
+        receiver = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        while isinstance(receiver, ast.Attribute):
+            receiver = receiver.value
+        if not isinstance(receiver, ast.Name):
+            return False
+        space = resolve(type(self.module), place.function).__globals__
+        return isinstance(space.get(receiver.id), types.ModuleType) or not isinstance(call.func, ast.Attribute)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A call of an author's function: which instruction of which code it is at, with the variables of that moment."""
+
+    code: types.CodeType
+    instruction: int
+    frame: types.FrameType
+
+    def evaluate(self, sizes: Sequence[ast.expr]) -> list[int]:
+        """Sizes that stand in the code, as numbers."""
+        if any(isinstance(part, (ast.Yield, ast.Await, ast.NamedExpr)) for size in sizes for part in ast.walk(size)):
+            raise NoSource("its sizes cannot be evaluated twice")
+        expression = ast.fix_missing_locations(ast.Expression(ast.Tuple([*sizes], ast.Load())))
+        code = compile(expression, "<sizes>", "eval")
+        value = eval(code, self.frame.f_globals, self.frame.f_locals)
+        return list(value[0] if len(value) == 1 and isinstance(value[0], (tuple, list)) else value)
+
+
+Frames = list[_Frame]
+
+
+class _PlaceRecorder(Recorder):
+    """A recorder that notes where in the author's code each op was called."""
+
+    def __init__(self, model: nn.Module, module: nn.Module) -> None:
+        super().__init__(model, concrete=False)
+        forward = plain_function(type(module).forward)
+        if forward is None:
+            raise NoSource("its forward is no function")
+        self._forward = identity(forward.__code__)
+        self.frames: dict[fx.Node, Frames] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        last = next(iter(reversed(self.graph.fx.nodes)), None)
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        frames: Frames | None = None
+        for node in reversed(self.graph.fx.nodes):
+            if node is last:
+                break
+            frames = self._running() if frames is None else frames
+            self.frames[node] = frames
+        return result
+
+    def _running(self) -> Frames:
+        """The author's calls that are under way."""
+        found = []
+        frame: types.FrameType | None = sys._getframe(2)
+        while frame is not None:
+            found.append(_Frame(frame.f_code, frame.f_lasti, frame))
+            frame = None if identity(frame.f_code) == self._forward else frame.f_back
+        return self._authors(found)
+
+    def raised_at(self, error: Exception) -> Frames:
+        """The author's calls that an exception came out of."""
+        found = []
+        step = error.__traceback__
+        while step is not None:
+            found.append(_Frame(step.tb_frame.f_code, step.tb_lasti, step.tb_frame))
+            step = step.tb_next
+        return self._authors(found[::-1])
+
+    def _authors(self, frames: Frames) -> Frames:
+        """From the innermost call that is the author's to the module's forward; empty if that is not running."""
+        found: Frames = []
+        for frame in frames:
+            if found or not frame.code.co_filename.startswith(_NOT_AUTHORS):
+                found.append(frame)
+            if identity(frame.code) == self._forward:
+                return found
+        return []
+
+
+def _sizes_of(op: fx.Node) -> list[int]:
+    """The sizes that a recorded call was given."""
+    found = [a for a in op.args if isinstance(a, (list, tuple))]
+    if not found:
+        raise NoSource(f"{op.target} has no sizes")
+    return [int(str(n)) for n in found[0]]
+
+
+def _call_arguments(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from values by name."""
+    bound = inspect.signature(type(module).forward).bind_partial(module)
+    bound.arguments.update(values)
+    return bound.args[1:], bound.kwargs
+
+
+def _name(expression: ast.expr | ast.stmt) -> str:
+    """The name of what a call calls."""
+    if not isinstance(expression, ast.Call):
+        return ""
+    func = expression.func
+    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""

@@ -1,0 +1,183 @@
+"""Numbers in an author's forward that are changed in place: every other branch and argument of it goes on working."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import maskprop
+from maskprop import ModelSpeedup
+from maskprop.errors import LoadError
+from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class
+
+WIDTH, HEADS = 12, 3
+
+
+class Attention(nn.Module):
+    """Query, key and value are cut by one attribute; masks, causality and a cache choose other branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = WIDTH // HEADS
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def cut(self, y: Tensor) -> Tensor:
+        """Called for queries, keys and values, of which one alone changes."""
+        return y.view(*y.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, cache: list[Tensor] | None = None) -> Tensor:
+        q, k, v = self.cut(self.q(x)), self.cut(self.k(x)), self.cut(self.v(x))
+        if cache is not None:
+            cache[:] = k, v = [torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=False)] if cache else [k, v]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and x.shape[1] > 1)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def by_folding(x: Tensor, heads: int, batch: int) -> Tensor:
+    """Heads join the batch, in a function of the author's that the forward calls."""
+    return x.reshape(batch, -1, heads, WIDTH // heads).transpose(1, 2).reshape(batch * heads, -1, WIDTH // heads)
+
+
+class Folding(nn.Module):
+    """A head dim that is computed from a width, in a helper, in a method and beneath a square root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def join(self, y: Tensor, batch: int) -> Tensor:
+        y = y.reshape(batch, HEADS, -1, WIDTH // HEADS)
+        return y.transpose(1, 2).reshape(batch, -1, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        q, k, v = self.qkv(x).split(WIDTH, dim=-1)
+        q, k, v = (by_folding(t, HEADS, batch) for t in (q, k, v))
+        scores = q @ k.transpose(1, 2) / math.sqrt(WIDTH // HEADS)
+        return self.out(self.join(scores.softmax(-1) @ v, batch))
+
+
+def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            reference.get_parameter(name).mul_(mask)
+    return reference
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.detach() - b.detach()).norm() / b.detach().norm())
+
+
+def made(kind: type[nn.Module], masks: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
+    """A sped-up model, and the masked one; weights large enough that no softmax is uniform."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    reference = masked(model, masks)
+    ModelSpeedup(model, torch.randn(2, 5, WIDTH), masks).speedup_model()
+    assert type(model).__mro__[1] is kind
+    return model, reference
+
+
+def value_dims() -> dict[str, Tensor]:
+    """One dim of every head, by the output's columns: values lose it, queries and keys do not."""
+    return {"out.weight": torch.tensor([1.0, 0, 1, 1]).repeat(HEADS)[None]}
+
+
+def test_other_branches_and_arguments_go_on_working() -> None:
+    model, reference = made(Attention, value_dims())
+    assert model.v.out_features == 9
+    assert model.q.out_features == WIDTH
+    x, step = torch.randn(3, 7, WIDTH), torch.randn(3, 1, WIDTH)
+    mask = torch.rand(3, 1, 7, 7) < 0.7
+    mask |= torch.eye(7, dtype=torch.bool)
+    for arguments in ({}, {"mask": mask}):
+        assert error(model(x, **arguments), reference(x, **arguments)) < 1e-5
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for part in (x, step):  # the second without a causal mask
+        assert error(model(part, cache=ours), reference(part, cache=theirs)) < 1e-5
+    assert [t.shape[-1] for t in ours] == [4, 3]
+
+
+@pytest.mark.parametrize("left", [3, 2])
+def test_helpers_methods_scales_and_folded_batches(left: int) -> None:
+    keep = (torch.arange(WIDTH // HEADS) < left).float().repeat(HEADS)
+    masks = {"qkv.weight": keep.repeat(3)[:, None], "qkv.bias": keep.repeat(3)}
+    model, reference = made(Folding, masks)
+    assert model.qkv.out_features == 3 * HEADS * left
+    for batch, length in ((1, 4), (3, 6)):  # a folded batch scales with the batch
+        x = torch.randn(batch, length, WIDTH)
+        assert error(model(x), reference(x)) < 1e-5
+
+
+def test_they_pickle_copy_train_compile_and_load(tmp_path: Path) -> None:
+    model, _ = made(Attention, value_dims())
+    x = torch.randn(2, 4, WIDTH)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    maskprop.save(model, tmp_path)
+    copies = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+        maskprop.load(tmp_path, Attention),
+        torch.compile(model, backend="eager"),
+    ]
+    for other in copies:
+        assert torch.equal(other(x), expected)
+    model.train()(x).sum().backward()
+    assert model.v.weight.grad is not None
+    assert model.v.weight.grad.shape == (9, WIDTH)
+
+
+def test_twice_is_once_after_the_other(tmp_path: Path) -> None:
+    model, reference = made(Attention, value_dims())
+    masks = {"out.weight": torch.tensor([1.0, 1, 0]).repeat(HEADS)[None]}
+    ModelSpeedup(model, torch.randn(2, 5, WIDTH), masks).speedup_model()
+    with torch.no_grad():
+        reference.out.weight.mul_(torch.tensor([1.0, 0, 1, 0]).repeat(HEADS))
+    x = torch.randn(3, 6, WIDTH)
+    assert model.v.out_features == 6
+    assert error(model(x), reference(x)) < 1e-5
+    maskprop.save(model, tmp_path)
+    assert torch.equal(maskprop.load(tmp_path, Attention)(x), model(x))
+
+
+def test_a_plan_holds_no_code_and_fits_one_version_of_the_author(tmp_path: Path) -> None:
+    model, _ = made(Attention, value_dims())
+    maskprop.save(model, tmp_path)
+    plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    described = plan["parts"][""]["steps"][0]["modules"][""]["class"]
+    (patch,) = described["patches"]
+    assert patch["value"] == [[3, 3, 4]]
+    assert patch["place"]["function"] == ["forward", "self.cut"]
+    described["text"] = "import os"  # only for reading: it is never run
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    maskprop.load(tmp_path, Attention)
+    patch["place"]["digest"] = "0" * 16
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(LoadError, match="the forward of '' was changed in places that cannot be found again"):
+        maskprop.load(tmp_path, Attention)
+
+
+def test_places_that_are_not_there() -> None:
+    for function in (("missing",), ("forward", "missing"), ("forward", "self.missing")):
+        patch = Patch(Place(function, ((1, 0, 1, 5),) * (len(function) - 1), (1, 0, 1, 5), "0"), "number", 0, 1.0)
+        with pytest.raises(NoSource):
+            patched_class(Attention, (patch,))
