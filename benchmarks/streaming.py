@@ -1,6 +1,6 @@
 """A checkpoint larger than the memory it may use, compacted shard by shard.
 
-    python -m benchmarks.streaming                    # 3.5 GB in bfloat16, a cap of 2.5 GB of address space
+    python -m benchmarks.streaming                    # 3.2 GB in bfloat16, a cap of 2.5 GB of address space
     python -m benchmarks.streaming --layers 48        # twice the layers, the same cap
 
 Random weights of a Llama are written in shards, the command line compacts them in a process whose whole address
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--cap", type=float, default=2.5, metavar="GB", help="of address space")
-    parser.add_argument("--shard", type=float, default=0.5, metavar="GB")
+    parser.add_argument("--shard", type=float, default=0.25, metavar="GB")
     parser.add_argument("--folder", type=Path, help="where the files go meanwhile (default: the temporary folder)")
     arguments = parser.parse_args()
     console = Console()

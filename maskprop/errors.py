@@ -90,6 +90,10 @@ class UnsupportedOpError(MaskpropError, NotImplementedError):
     """An op has no rule, and the chosen inference may not probe it."""
 
 
+class WrappedModelError(MaskpropError, ValueError):
+    """The model, or a part of it, is wrapped for several devices or compiled."""
+
+
 class MetaValueError(MaskpropError, RuntimeError):
     """The value of a tensor on the meta device is needed, and nothing was given that reads it."""
 

@@ -24,6 +24,7 @@ from maskprop.errors import (
     StageError,
     UnverifiedWarning,
     VerifyError,
+    WrappedModelError,
 )
 from maskprop.explain import Explainer
 from maskprop.graph.activations import insert_activation_masks
@@ -40,6 +41,7 @@ from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
 from maskprop.rewrite.verify import Reference, another_batch, first_difference, fresh_inputs, run_model, run_read
+from maskprop.wrappers import find_wrapper
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class ModelSpeedup:
 
     Raises:
         MaskError: the masks do not fit the model (see the subclasses).
+        WrappedModelError: the model is wrapped in ``DataParallel``, ``torch.compile`` or the like.
         OptionError: an option has a value that it does not take.
     """
 
@@ -115,6 +118,12 @@ class ModelSpeedup:
         for name, number in (("channel_multiple", channel_multiple), ("confidence", confidence)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise OptionError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        wrapper = find_wrapper(model)
+        if wrapper is not None:
+            raise WrappedModelError(
+                f"{wrapper[0]}, which keeps the sizes that it was made with. Pass the plain module "
+                f"(`.{wrapper[1]}`), and wrap the result anew."
+            )
         self.model = model
         self.inputs: Inputs = split_inputs(dummy_input)
         self.batch_dim, self.confidence = batch_dim, confidence

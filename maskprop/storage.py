@@ -307,8 +307,10 @@ def _parse(target: Path, text: str, digest: str) -> Saved:
 
 
 def _read_weights(target: Path, device: str | torch.device) -> dict[str, Tensor]:
+    on_meta = torch.device(device).type == "meta"
     try:
-        return load_file(target / WEIGHTS, device=str(device))
+        state = load_file(target / WEIGHTS, device="cpu" if on_meta else str(device))
+        return {name: t.to("meta") for name, t in state.items()} if on_meta else state
     except (SafetensorError, OSError) as error:
         raise LoadError(
             f"{WEIGHTS} in '{target}' cannot be read: {error}. Restore the file from where it came."

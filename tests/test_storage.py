@@ -164,6 +164,10 @@ def test_dtypes_devices_and_memory_formats(generator: torch.Generator, tmp_path:
     loaded = maskprop.load(tmp_path, ConvNet)
     loaded.stem.weight.requires_grad_(False)  # the factory decides about training
     assert_same(model, loaded, x)
+    hollow = maskprop.load(tmp_path, ConvNet, device="meta")
+    assert {n: (t.shape, t.device.type) for n, t in tensors(hollow).items()} == {
+        n: (t.shape, "meta") for n, t in tensors(model).items()
+    }
     half = maskprop.load(tmp_path, ConvNet, dtype=torch.bfloat16)
     assert {t.dtype for t in half.parameters()} == {torch.bfloat16}
     assert half.block.norm.num_batches_tracked.dtype == torch.int64

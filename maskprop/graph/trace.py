@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -127,6 +128,7 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
         stack.enter_context(frozen_state(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
+        stack.enter_context(not_compiled())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         if any(p.is_meta for p in model.parameters()):
             inputs = map_tensors(inputs, lambda t: t.to("meta"))
@@ -177,6 +179,16 @@ def plain_kernels() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """Modules on which ``compile()`` was called run as they are written."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and it takes seconds to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from maskprop.errors import MaskingError
 from maskprop.masks import MasksLike, load_masks
 from maskprop.rewrite.edits import owner_of
+from maskprop.wrappers import find_wrapper
 
 _KEY = re.compile(r"(.*?)parametrizations\.(\w+)\.(original|\d+\.mask)$")
 
@@ -213,13 +214,9 @@ def _set_mask(module: nn.Module, key: str, mask: Tensor) -> None:
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        if name in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "DataParallel"):
-            where = f"'{path}'" if path else "the model"
-            raise MaskingError(
-                f"{where} is wrapped in {name}. Masks are put on and taken off the plain model: do it "
-                "before wrapping, "
-                "or gradients go out of sync between processes; change masks by a schedule made on the "
-                "plain model."
-            )
+    wrapper = find_wrapper(model)
+    if wrapper is not None:
+        raise MaskingError(
+            f"{wrapper[0]}. Masks are put on and taken off the plain model: do it before wrapping, or gradients go "
+            "out of sync between processes; change masks by a schedule made on the plain model."
+        )

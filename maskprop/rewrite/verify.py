@@ -14,7 +14,7 @@ from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, trace
+from maskprop.graph.trace import Inputs, frozen_state, not_compiled, trace
 from maskprop.rewrite.reference import Values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
@@ -70,7 +70,7 @@ def another_batch(inputs: Inputs, dim: int) -> Inputs:
 
 def run_model(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     """Outputs in evaluation mode, the model left as it was."""
-    with frozen_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with frozen_state(model), torch.no_grad(), not_compiled(), torch.random.fork_rng(devices=[]):
         args, kwargs = inputs
         return [(path, t.detach()) for path, t in tensors_in(model(*args, **kwargs))]
 
