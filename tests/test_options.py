@@ -397,3 +397,20 @@ def test_one_tensor_given_twice_stays_one() -> None:
     rows[:3] = 0
     ModelSpeedup(model, (x, x), {"fc2.weight": rows.expand(3, 8)}).speedup_model()
     assert model.fc1.out_features == 5
+
+
+def test_a_meta_model_that_reads_a_number_of_its_own_making() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[0], device=x.device)
+            return self.fc2(torch.relu(self.fc1(x))) if bool((positions.diff() == 1).all()) else x
+
+    with torch.device("meta"):
+        model = Reads()
+    rows = torch.arange(8) >= 3
+    ModelSpeedup(model, torch.randn(2, 6), {"fc1.weight": rows[:, None], "fc1.bias": rows}).speedup_model()
+    assert (model.fc1.out_features, model.fc1.weight.device.type) == (5, "meta")

@@ -311,7 +311,8 @@ class Recorder(TorchDispatchMode):
                         raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
                     else:
                         assert callable(n.target)
-                        cache[n] = n.target(*fx.node.map_arg(n.args, value), **fx.node.map_arg(n.kwargs, value))
+                        kwargs = {k: _real(v) for k, v in fx.node.map_arg(n.kwargs, value).items()}
+                        cache[n] = n.target(*fx.node.map_arg(n.args, value), **kwargs)
                 return cache[n]
 
             result = value(node)
@@ -327,6 +328,11 @@ class Recorder(TorchDispatchMode):
                 name = self._storages.get(arg.untyped_storage()._cdata)
                 if name is not None:
                     self.graph.mutated.add(name)
+
+
+def _real(value: Any) -> Any:
+    """An argument; in place of the meta device, one that holds values."""
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
 
 
 @functools.cache

@@ -96,6 +96,8 @@ class MatMul(Rule):
         known = product.known & bias.known
         if not bool(known.any()):
             return Fact.unknown(len(op.shape))
+        if bool((~known | (product.zero & bias.zero)).all()):
+            return Fact.zeros(known)
         value = op.arg("alpha", 1) * product.value() + op.arg("beta", 1) * bias.value()
         return Fact.of_value(torch.where(known, value, 0.0), known)
 
