@@ -224,8 +224,8 @@ def measure(name: str, what: str, arguments: argparse.Namespace) -> Row:
     return {"failure": f"exit status {done.returncode}: {last}"[:300]}
 
 
-def run(names: list[str], arguments: argparse.Namespace) -> Row:
-    """Every model, time and memory."""
+def run(names: list[str], arguments: argparse.Namespace, path: Path | None) -> Row:
+    """Every model, time and memory; written after each, so that nothing is lost."""
     torch.set_num_threads(arguments.threads)
     versions = {name: version_of(distribution) for name, distribution in PEERS.items()}
     results: Row = {"machine": describe(), "peers": versions, "rounds": arguments.rounds, "models": {}}
@@ -243,6 +243,9 @@ def run(names: list[str], arguments: argparse.Namespace) -> Row:
             if "failure" in row:
                 progress.console.print(f"{name} failed: {row['failure']}", markup=False)
             results["models"][name] = row
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -283,11 +286,8 @@ def main() -> None:
     if arguments.table_only:
         page.write()
         return
-    results = run(arguments.models or list(QUICK if arguments.quick else SUBJECTS), arguments)
     path = arguments.results or (RESULTS if whole else None)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    results = run(arguments.models or list(QUICK if arguments.quick else SUBJECTS), arguments, path)
     if path == RESULTS:
         page.write()
     else:
