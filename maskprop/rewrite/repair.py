@@ -102,9 +102,8 @@ class Repair:
                 return alignment
             self.taken = taken
             self.replaced += replace_attention(self.edits, plan)
-            mismatch = self._mend(alignment)
+            mismatch = self._follow(alignment)
             if mismatch is None:
-                self._name_sizes(alignment)
                 self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
@@ -125,12 +124,36 @@ class Repair:
             f"at {self.pinned[-1]}. The model is unchanged."
         )
 
+    def _follow(self, alignment: Alignment) -> Mismatch | None:
+        """Mend the model, and name its sizes; the mismatch that remains, if any.
+
+        Most models need no mending: with the names set already, one replay then shows that all is well.
+        """
+        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
+        self.unread = []
+        named = unread_attributes(self.edits.model, replay) if self.may_name else []
+        mark = self.edits.mark()
+        for change in named:
+            change_attribute(self.edits, change)
+        mismatch = replay.run(self.edits.model, self.inputs)
+        if mismatch is None:
+            self.unread = named
+            alignment.plan.attributes += named
+            return None
+        if named:
+            self.edits.rollback(mark)
+            mismatch = replay.run(self.edits.model, self.inputs)
+        mismatch = self._mend(alignment, replay, mismatch)
+        if mismatch is None and self.may_name:
+            self._name_sizes(alignment)
+        return mismatch
+
     def _name_sizes(self, alignment: Alignment) -> None:
         """Set the attributes that name a size which changed and that ``forward`` does not read."""
         replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
         model = self.edits.model
         alike: dict[tuple[type, str], list[AttributeChange]] = {}
-        for change in unread_attributes(model, replay) if self.may_name else []:
+        for change in unread_attributes(model, replay):
             alike.setdefault((type(model.get_submodule(change.module)), change.attribute), []).append(change)
         self.unread = self._set_harmless(replay, list(alike.values()))
         alignment.plan.attributes += self.unread
@@ -166,10 +189,8 @@ class Repair:
 
     # -- mending --------------------------------------------------------------------------------
 
-    def _mend(self, alignment: Alignment) -> Mismatch | None:
+    def _mend(self, alignment: Alignment, replay: Replay, mismatch: Mismatch | None) -> Mismatch | None:
         """Repair attributes and forwards; the mismatch that remains, if any."""
-        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
-        mismatch = replay.run(self.edits.model, self.inputs)
         while mismatch is not None:
             after = self._set_attributes(alignment, replay, mismatch)
             if after is mismatch:
