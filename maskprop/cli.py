@@ -11,11 +11,29 @@ from maskprop import __version__
 from maskprop.commands import load_commands
 from maskprop.errors import MaskpropError
 
+_EPILOG = """\
+from a model to a small one:
+  maskprop inspect torchvision:resnet18                                 what leaves together, what it costs
+  maskprop prune   torchvision:resnet18 --ratio 0.5 --out masks.pt      choose units
+  maskprop compact torchvision:resnet18 --masks masks.pt --out small    take them out, verify, save
+  maskprop show    small                                                what became of each layer
+  maskprop bench   torchvision:resnet18 saved:small                     what it gains here
+  maskprop export  saved:small --out small.onnx                         for elsewhere
+
+  maskprop COMMAND --help has the options and more examples; eval "$(maskprop completion bash)" completes them.
+  Results go to stdout (--json: as data), progress and errors to stderr.
+
+exit status: 0 done, 1 an error, 2 the command line is not understood, 3 verify found a difference
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command; the chosen command's `run` is in the result as `run`."""
     parser = argparse.ArgumentParser(
-        prog="maskprop", description="Turn a PyTorch model with pruning masks into the same model, smaller."
+        prog="maskprop",
+        description="Turn a PyTorch model with pruning masks into the same model, smaller.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"maskprop {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
