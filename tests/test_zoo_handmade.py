@@ -72,6 +72,10 @@ NOTHING_LEAVES = {
     "what is left of a unit differs from place to place": (
         *("split_by_attributes/constants", "split_by_attributes/conflicts"),
     ),
+    "of two blocks that share a module, one alone is masked": (
+        *("shared_positions/heads_out", "shared_positions/dims", "shared_positions/dims_out"),
+        *("shared_positions/mlp", "shared_positions/mlp_out"),
+    ),
     "the weight is computed from rows and columns together": (
         *("parametrised/zeros", "parametrised/constants", "parametrised/conflicts"),
         *("parametrised/mlp", "parametrised/mlp_out"),
@@ -309,6 +313,15 @@ WHOLE_UNITS: dict[str, tuple[dict[str, Index], int]] = {
             **{f"bilinear.{kind}": (slice(7),) for kind in ("weight", "bias")},
         },
         linear(12, 4) + linear(12, 5) + 7 * 4 * 5 + 7 + linear(7, 4),
+    ),
+    # the last head of both blocks, which share a module
+    "shared_positions": (
+        {
+            f"blocks.{block}.qkv.{kind}": ([*range(18, 24), *range(42, 48), *range(66, 72)],)
+            for block in range(2)
+            for kind in ("weight", "bias")
+        },
+        2 * (linear(24, 54) + linear(18, 24)) + 6 * 3 + 6 + linear(24, 24) + linear(24, 3),
     ),
     "gather_rows": (
         {"fc1.weight": (slice(8),), "fc1.bias": (slice(8),)},

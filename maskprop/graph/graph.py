@@ -43,6 +43,22 @@ class TensorMeta:
 
 
 @dataclass
+class ModuleCall:
+    """One call of a module; the ops that it and the modules inside it made have numbers from ``number`` to ``last``.
+
+    Attributes:
+        path: the module.
+        number, last: see above; the numbers of the calls inside it lie between them.
+        result: what it returned, with nodes in place of tensors.
+    """
+
+    path: str
+    number: int
+    last: int = 0
+    result: Any = None
+
+
+@dataclass
 class Graph:
     """What one forward pass did.
 
@@ -60,6 +76,7 @@ class Graph:
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
         results: what that call returned, likewise.
+        history: every call of a module, in the order in which they began.
         read: gives the values of tensors that are on the meta device, by name.
     """
 
@@ -72,6 +89,7 @@ class Graph:
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    history: list[ModuleCall] = field(default_factory=list)
     read: Callable[[str], Tensor] | None = None
 
     @property

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.decompose import DECOMPOSED
 from maskprop.graph.functional import Value, functional_overload
-from maskprop.graph.graph import Graph, TensorMeta, is_op
+from maskprop.graph.graph import Graph, ModuleCall, TensorMeta, is_op
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
 
@@ -72,6 +72,7 @@ class Recorder(TorchDispatchMode):
             self._calls += 1
             path = self._paths.get(id(module), self._stack[-1][0])
             self.last_path = path
+            self.graph.history.append(made := ModuleCall(path, self._calls))
             first = path not in self.graph.calls
             if first:
                 self.graph.calls[path] = self._nodes_of((args, kwargs))
@@ -83,8 +84,9 @@ class Recorder(TorchDispatchMode):
                 self._stack.pop()
                 self._types.pop()
             self.last_path = self._stack[-1][0]
+            made.last, made.result = self._calls, self._nodes_of(result)
             if first:
-                self.graph.results[path] = self._nodes_of(result)
+                self.graph.results[path] = made.result
             return result
 
         nn.Module.__call__ = recorded  # type: ignore[method-assign]

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from maskprop.graph.graph import Graph, shape_of
+from maskprop.graph.graph import Graph, ModuleCall, shape_of
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import QuickFakes, new_fake
 from maskprop.graph.structure import map_tensors, tensors_in
@@ -83,7 +84,9 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
         module = edits.model.get_submodule(path)
         try:
             with frozen_state(module):
-                source, imports = _Generator(recorder, module, path, replay, forward, arguments, fake).run()
+                source, imports = _Generator(
+                    recorder, graph.history, module, path, replay, forward, arguments, fake
+                ).run()
         except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
@@ -119,15 +122,19 @@ class Arguments:
 
     def values(self, shape: Callable[[fx.Node], Sequence[int]]) -> dict[str, Any]:
         """Fresh arguments; ``shape`` tells the size of each tensor."""
+        found = {name: self.blank(value, shape) for name, value in self.nodes.items()}
+        return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
 
-        def blank(node: fx.Node) -> Tensor:
+    def blank(self, value: Any, shape: Callable[[fx.Node], Sequence[int]]) -> Any:
+        """The same structure with fresh fake tensors in place of nodes, which lie in memory as the recorded ones."""
+
+        def made(node: fx.Node) -> Tensor:
             meta, sizes = node.meta["tensor"], tuple(shape(node))
             order = meta.order or tuple(range(len(sizes)))
             lying = new_fake(self._fake, [sizes[d] for d in order], meta.dtype, meta.device)
             return lying.permute([order.index(d) for d in range(len(order))])
 
-        found = {name: map_tensors(value, blank, fx.Node) for name, value in self.nodes.items()}
-        return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
+        return map_tensors(value, made, fx.Node)
 
 
 def _dense_shape(node: fx.Node) -> Sequence[int]:
@@ -216,6 +223,7 @@ class _Generator:
     def __init__(
         self,
         recorder: Recorder,
+        history: Sequence[ModuleCall],
         module: nn.Module,
         path: str,
         replay: Replay,
@@ -223,16 +231,12 @@ class _Generator:
         arguments: Arguments,
         fake: FakeTensorMode,
     ) -> None:
-        self.recorder, self.module, self.path, self.replay = recorder, module, path, replay
+        self.recorder, self.module, self.replay = recorder, module, replay
         self.forward, self.arguments, self.fake = forward, arguments, fake
-        dense = [n for n in replay.dense(strict=True) if self._inside(n) and "implied" not in n.meta]
-        first = {n.meta["path"]: n.meta["call"] for n in reversed(dense)}
-        self.dense = [n for n in dense if n.meta["call"] == first[n.meta["path"]] or n.meta["path"] != path]
+        call = next(c for c in history if c.path == path)
+        self.history, self.number = history, call.number
+        self.dense = [n for n in replay.dense(strict=True) if "implied" not in n.meta and _within(n, call)]
         self.at = 0
-
-    def _inside(self, node: fx.Node) -> bool:
-        owner = str(node.meta["path"])
-        return owner == self.path or owner.startswith(self.path + ".") or self.path == ""
 
     def run(self) -> tuple[str, dict[str, Any]]:
         """Source of the forward, and the objects that its names refer to."""
@@ -257,6 +261,7 @@ class _Generator:
                 for name, tensor in tensors_in(env[node], str(node.target)):
                     self.recorder.add_input(tensor, name)
                 continue
+            child = self._next_child() if node.op == "call_module" else None
             try:
                 value, ops = self._call(node, env)
                 wrong = self._compare(ops)
@@ -265,15 +270,41 @@ class _Generator:
             except Exception as error:  # a literal that does not fit raises as often as it misleads
                 value, ops, wrong = None, [], f"{type(error).__name__}: {error}"
             if wrong is not None:
-                self._mend(node, env, wrong)
-                value, ops = self._call(node, env)
-                again = self._compare(ops)
-                if again is not None:
-                    raise _GiveUp(f"'{node.format_node()}' still gives {again}")
+                try:
+                    value, ops = self._mended_call(node, env, wrong)
+                except _GiveUp:
+                    if child is None:
+                        raise
+                    value, ops = self._planned(child)
             self.at += len(ops)
             env[node] = value
         if self.at != len(self.dense):
             raise _GiveUp(f"the traced forward makes {self.at} ops, the module {len(self.dense)}")
+
+    def _next_child(self) -> ModuleCall:
+        """The dense call that the next traced call of a module was."""
+        call = self.history[self.number]  # numbers count from one
+        self.number = call.last
+        return call
+
+    def _planned(self, child: ModuleCall) -> tuple[Any, list[fx.Node]]:
+        """What a child will return when it is mended itself, which comes later, and the ops that it will make."""
+        with _disable_current_modes():  # the plan is read from real tensors
+            value = self.arguments.blank(child.result, self.replay.alignment.expected_shape)
+        for name, tensor in tensors_in(value, "planned"):
+            self.recorder.add_input(tensor, name)
+        ops = list(itertools.takewhile(lambda n: _within(n, child), self.dense[self.at :]))
+        if not ops:
+            raise _GiveUp(f"'{child.path}' stands elsewhere in the trace")
+        return value, ops
+
+    def _mended_call(self, node: fx.Node, env: dict[fx.Node, Any], wrong: str) -> tuple[Any, list[fx.Node]]:
+        self._mend(node, env, wrong)
+        value, ops = self._call(node, env)
+        again = self._compare(ops)
+        if again is not None:
+            raise _GiveUp(f"'{node.format_node()}' still gives {again}")
+        return value, ops
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any, list[fx.Node]]:
         """Run one node; its value and the significant ops it made."""
@@ -392,6 +423,10 @@ def _reads_shape(node: fx.Node) -> bool:
     if node.target is not operator.getitem or source is None:
         return False
     return source.target == "size" or (source.target is getattr and source.args[1] == "shape")
+
+
+def _within(node: fx.Node, call: ModuleCall) -> bool:
+    return bool(call.number <= node.meta["call"] <= call.last)
 
 
 def attention_scale(ops: Sequence[fx.Node]) -> float:

@@ -95,3 +95,51 @@ class SplitByAttributes(nn.Module):
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.head(x + self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v))))
+
+
+class ConvPositions(nn.Module):
+    """Convolves the values of the first heads alone; a list says how many channels those are."""
+
+    def __init__(self, dims: int, first: int, rest: int) -> None:
+        super().__init__()
+        self.splits = [first * dims, rest * dims]
+        self.conv = nn.Conv1d(first * dims, first * dims, 3, padding=1, groups=first * dims)
+
+    def forward(self, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, dims = q.shape
+        first, rest = v.transpose(-1, -2).reshape(batch, heads * dims, length).split(self.splits, dim=1)
+        v = torch.cat([self.conv(first), rest], 1).reshape(batch, heads, dims, length).transpose(-1, -2)
+        return q * v
+
+
+class ConvAttention(nn.Module):
+    """The head size is computed from the input; positions come from a module that other blocks share."""
+
+    def __init__(self, width: int, heads: int, positions: ConvPositions) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.positions = heads, (width // heads) ** -0.5, positions
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.scale * (q @ (k.softmax(2).transpose(-1, -2) @ v)) + self.positions(q, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, width))
+
+
+@FORWARDS(sequences(6, 24))
+class SharedPositions(nn.Module):
+    """Blocks of which each needs a forward, around one module that needs one, too."""
+
+    def __init__(self, width: int = 24, heads: int = 4) -> None:
+        super().__init__()
+        positions = ConvPositions(width // heads, 1, heads - 1)
+        self.blocks = nn.ModuleList(ConvAttention(width, heads, positions) for _ in range(2))
+        self.stem, self.head = nn.Linear(24, width), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
