@@ -35,24 +35,24 @@ def run_graph(graph: Graph, values: Values, inputs: list[Tensor]) -> Iterator[tu
     uses = {node: len(node.users) for node in graph.fx.nodes}
     made: dict[fx.Node, Any] = {}
     given = iter(inputs)
-    with torch.no_grad():
-        for node in graph.fx.nodes:
-            if node.op == "placeholder":
-                made[node] = next(given)
-            elif node.op == "get_attr":
-                made[node] = values(str(node.target))
-            elif node.op == "output":
-                yield node, [made[n] for n in node.args[0]]
-                return
-            else:
-                target = _BY_VALUE.get(node.target, node.target)
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            made[node] = next(given)
+        elif node.op == "get_attr":
+            made[node] = values(str(node.target))
+        elif node.op == "output":
+            yield node, [made[n] for n in node.args[0]]
+            return
+        else:
+            target = _BY_VALUE.get(node.target, node.target)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+            with torch.no_grad():  # not around the loop: whoever stops reading leaves it where it is
                 made[node] = target(*args, **_off_meta(kwargs))
-            yield node, made[node]
-            for source in node.all_input_nodes:
-                uses[source] -= 1
-                if not uses[source]:
-                    del made[source]
+        yield node, made[node]
+        for source in node.all_input_nodes:
+            uses[source] -= 1
+            if not uses[source]:
+                del made[source]
 
 
 def outputs_of(graph: Graph, values: Values, inputs: list[Tensor]) -> list[Tensor]:

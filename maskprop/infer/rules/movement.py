@@ -291,11 +291,20 @@ def _bounds(sizes: Sequence[int]) -> list[int]:
 
 
 def _couple_reshape(labels: Labels, src: Shape, dst: Shape, c: Coupling) -> Labels:
-    """Labels through a reshape in which every group of axes is either split or merged."""
+    """Labels through a reshape in which every group of axes is either split or merged.
+
+    A merged axis keeps its units in the order of the merged positions. Where the choice along an axis varies along a
+    later one (channels of groups, about to be shuffled), what is left would stand in another order: so it may not.
+    """
+    groups = axis_groups(src, dst)
+    labels = list(labels)
+    for ins, outs in groups:
+        for i, axis in enumerate(ins if len(outs) == 1 else ()):
+            labels[axis] = c.uniform(labels[axis], ins[i + 1 :])
     reshaped = [moved(a, lambda t: reshape(t, src, dst)) for a in labels]
     out: Labels = [None] * len(dst)
     splits: list[tuple[Tensor, list[int]]] = []
-    for ins, outs in axis_groups(src, dst):
+    for ins, outs in groups:
         if len(ins) == 1:
             rows = reshaped[ins[0]]
             if rows is not None and len(outs) == 1:
