@@ -376,7 +376,8 @@ class _Generator:
                 size = call.shapes[0][axis]
                 bounds = slice(call.arg("start"), call.arg("end"), call.arg("step")).indices(size)
                 if slice(start, stop, step).indices(size) == bounds:
-                    first, last = (self.replay.alignment.expected_bound(source, axis, b) for b in bounds[:2])
+                    with _disable_current_modes():
+                        first, last = (self.replay.alignment.expected_bound(source, axis, b) for b in bounds[:2])
                     return slice(item.start and first, item.stop and last, item.step)
         return item
 

@@ -13,6 +13,7 @@ from maskprop.align.align import Alignment
 from maskprop.align.constants import number_at
 from maskprop.graph.graph import Graph, TensorMeta, is_op
 from maskprop.graph.trace import Inputs, trace_partial
+from maskprop.infer.op import Op
 
 aten = torch.ops.aten
 
@@ -79,6 +80,7 @@ class Replay:
         self._position: dict[fx.Node, int] = {}
         self._place = {n: i for i, n in enumerate(self.ops)}
         self._dense: dict[bool, list[fx.Node]] = {}
+        self._starts = {n: self._expected_start(n) for n in self.ops if n.target is aten.slice.Tensor}
         for node in self.ops:
             mates = self._by_path.setdefault(str(node.meta["path"]), [])
             self._position[node] = len(mates)
@@ -210,6 +212,8 @@ class Replay:
             actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
         if wanted != actual:
             return wanted, actual
+        if want in self._starts and self._starts[want] != _start(got, _in_shape(got)):
+            return f"a slice from {self._starts[want]}", f"one from {_start(got, _in_shape(got))}"
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
             left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not torch.equal(left, right):
@@ -219,6 +223,12 @@ class Replay:
                 if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
                     return x, y
         return None
+
+    def _expected_start(self, node: fx.Node) -> int | None:
+        """Where a slice starts: units before it may have left, which its size does not show."""
+        (source,), shape = node.all_input_nodes, _in_shape(node)
+        start = _start(node, shape)
+        return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
 
     def numbers(self, node: fx.Node) -> list[float]:
         """The numbers among an op's arguments, as the plan wants them."""
@@ -253,6 +263,14 @@ def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
     meta = node.meta["tensor"]
     return tuple(None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,)))
+
+
+def _start(node: fx.Node, shape: tuple[int, ...] | None) -> int | None:
+    """Where a slice of a value of that shape starts."""
+    if shape is None or node.target is not aten.slice.Tensor:
+        return None
+    op = Op(node)
+    return slice(op.arg("start"), op.arg("end")).indices(shape[op.arg("dim")])[0]
 
 
 def _in_shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -1,0 +1,75 @@
+"""Small nasty models: equal to the masked model, as small as by hand, and models like any other."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zlib
+
+import pytest
+import torch
+from torch import nn
+from torture import (  # noqa: F401  # noqa: F401
+    CASES,
+    attention,
+    channels,
+    constants,
+    functions,
+    hidden,
+    layers,
+    norms,
+    positions,
+    precision,
+    python,
+    recurrent,
+    sharing,
+)
+
+from benchmarks.zoo.check import masked_reference, relative_error
+from benchmarks.zoo.randomise import randomise
+from benchmarks.zoo.specimen import call
+from maskprop import ModelSpeedup
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not match num_features")
+@pytest.mark.parametrize("name", CASES)
+def test_torture(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    model = case.model().eval()
+    if case.rand:
+        randomise(model, case.inputs(2, generator))
+    case.prep(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    masks = {key: torch.ones(parameters[key].shape) for key in case.pruned}
+    for key, index in case.pruned.items():
+        masks[key][index] = 0
+    masked = masked_reference(model, masks).eval()
+    before, names, kind = shapes(model), set(model.state_dict()), type(model)
+
+    speedup = ModelSpeedup(model, case.inputs(case.batches[0], generator), masks, tracer=case.tracer)
+    speedup.speedup_model()
+
+    with torch.no_grad():
+        for batch in case.batches:
+            x = case.inputs(batch, generator)
+            assert relative_error(call(model, x), call(masked, x)) <= case.tol
+        x = case.inputs(case.batches[0], generator)
+        copies = [copy.deepcopy(model)]
+        if "-" not in name:  # a function in a closure does not pickle
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for one in copies:
+            assert relative_error(call(one, x), call(masked, x)) <= case.tol
+    assert {key: shape for key, shape in shapes(model).items() if before.get(key) != shape} == case.left
+    assert isinstance(model, kind)
+    assert set(model.state_dict()) - speedup.plan.new_bias.keys() == names
+
+    zeros = {key: (p != 0).float() for key, p in model.named_parameters()}
+    again = ModelSpeedup(model, x, zeros, tracer=case.tracer)
+    again.speedup_model()
+    assert again.plan.empty

@@ -1,0 +1,239 @@
+"""Heads: sizes in dicts, frozen dataclasses, globals and properties; grouped queries; scales from shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torture import ALL, case, vectors
+
+
+def attn(q, k, v, scale):
+    return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([0, 2, 4, 6, 8, 10],),
+        "q.bias": ([0, 2, 4, 6, 8, 10],),
+        "k.weight": ([0, 2, 4, 6, 8, 10],),
+        "k.bias": ([0, 2, 4, 6, 8, 10],),
+        "v.weight": ([0, 2, 4, 6, 8, 10],),
+        "v.bias": ([0, 2, 4, 6, 8, 10],),
+    },
+    {
+        "q.weight": (6, 12),
+        "q.bias": (6,),
+        "k.weight": (6, 12),
+        "k.bias": (6,),
+        "v.weight": (6, 12),
+        "v.bias": (6,),
+        "o.weight": (12, 6),
+    },
+)
+class SqrtShape(nn.Module):
+    """1/sqrt(d) computed from the shape"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+        self.heads = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = (p(x).view(n, t, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(attn(q * 3, k, v, 1 / math.sqrt(q.size(-1))).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([0, 1, 2, 3],),
+        "q.bias": ([0, 1, 2, 3],),
+        "k.weight": ([0, 1, 2, 3],),
+        "k.bias": ([0, 1, 2, 3],),
+        "v.weight": ([0, 1, 2, 3],),
+        "v.bias": ([0, 1, 2, 3],),
+    },
+    {
+        "q.weight": (8, 12),
+        "q.bias": (8,),
+        "k.weight": (8, 12),
+        "k.bias": (8,),
+        "v.weight": (8, 12),
+        "v.bias": (8,),
+        "o.weight": (12, 8),
+    },
+)
+class DictCfg(nn.Module):
+    """sizes in a dict attribute"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+        self.cfg = {"heads": 3, "size": (3, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = (p(x).view(n, t, *self.cfg["size"]).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(attn(q, k, v, 0.5).transpose(1, 2).reshape(n, t, -1))
+
+
+@dataclass(frozen=True)
+class Cfg:
+    heads: int = 3
+    dim: int = 12
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([0, 1, 2, 3],),
+        "q.bias": ([0, 1, 2, 3],),
+        "k.weight": ([0, 1, 2, 3],),
+        "k.bias": ([0, 1, 2, 3],),
+        "v.weight": ([0, 1, 2, 3],),
+        "v.bias": ([0, 1, 2, 3],),
+    },
+    {
+        "q.weight": (8, 12),
+        "q.bias": (8,),
+        "k.weight": (8, 12),
+        "k.bias": (8,),
+        "v.weight": (8, 12),
+        "v.bias": (8,),
+        "o.weight": (12, 8),
+    },
+)
+class FrozenCfg(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+        self.conf = Cfg()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        d = self.conf.dim // self.conf.heads
+        q, k, v = (p(x).view(n, t, self.conf.heads, d).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(attn(q, k, v, 0.5).transpose(1, 2).reshape(n, t, self.conf.dim))
+
+
+HEADS = 3
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([0, 1, 2, 3],),
+        "q.bias": ([0, 1, 2, 3],),
+        "k.weight": ([0, 1, 2, 3],),
+        "k.bias": ([0, 1, 2, 3],),
+        "v.weight": ([0, 1, 2, 3],),
+        "v.bias": ([0, 1, 2, 3],),
+    },
+    {
+        "q.weight": (8, 12),
+        "q.bias": (8,),
+        "k.weight": (8, 12),
+        "k.bias": (8,),
+        "v.weight": (8, 12),
+        "v.bias": (8,),
+        "o.weight": (12, 8),
+    },
+)
+class GlobalConst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+
+    def split(self, x):
+        return x.view(*x.shape[:2], HEADS, x.shape[-1] // HEADS).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(self.split, (self.q(x), self.k(x), self.v(x)))
+        o = attn(q, k, v, 0.5).transpose(1, 2).contiguous()
+        return self.o(o.view(*o.shape[:2], 12))
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([0, 1, 2, 3],),
+        "q.bias": ([0, 1, 2, 3],),
+        "k.weight": ([0, 1, 2, 3],),
+        "k.bias": ([0, 1, 2, 3],),
+        "v.weight": ([0, 1, 2, 3],),
+        "v.bias": ([0, 1, 2, 3],),
+    },
+    {
+        "q.weight": (8, 12),
+        "q.bias": (8,),
+        "k.weight": (8, 12),
+        "k.bias": (8,),
+        "v.weight": (8, 12),
+        "v.bias": (8,),
+        "o.weight": (12, 8),
+    },
+)
+class PropAttr(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+        self.head_dim = 4
+
+    @property
+    def heads(self):
+        return self.q.out_features // self.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        _n, _t, _c = x.shape
+        q, k, v = (p(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(attn(q, k, v, 0.5).transpose(1, 2).flatten(2))
+
+
+@case(
+    vectors(5, 12),
+    {"o.weight": (ALL, [0, 1, 2, 3, 4, 5, 6, 7])},
+    {
+        "q.weight": (8, 12),
+        "q.bias": (8,),
+        "k.weight": (4, 12),
+        "k.bias": (4,),
+        "v.weight": (4, 12),
+        "v.bias": (4,),
+        "o.weight": (12, 8),
+    },
+)
+class GQAEnable(nn.Module):
+    """sdpa enable_gqa"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 16)
+        self.k = nn.Linear(12, 8)
+        self.v = nn.Linear(12, 8)
+        self.o = nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = (p(x).view(n, t, -1, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
