@@ -254,7 +254,11 @@ class Wanda(Score):
 
 
 class _Activation(Score):
-    """A statistic of what comes out of the units' modules, after an activation function."""
+    """A statistic of a unit's activation, as the modules that read the unit get it.
+
+    That is behind every norm, sum and activation function in between. Where no module reads it (or which is not known), it
+    is taken at the output of the modules that make the unit. ``activation`` is applied in either case.
+    """
 
     statistic = ""
 
@@ -265,19 +269,24 @@ class _Activation(Score):
         self.activation = activation
 
     def _members(self, group: Group) -> Sequence[Member]:
+        read = [m for m in group.members if m.consumes and self._channels(m) is not None]
         made = [m for m in group.members if not m.consumes and m.axis == 0 and m.name.endswith("weight")]
         norms = [
             m for m in made if issubclass(m.module, nn.modules.batchnorm._NormBase)
         ]  # the last before the activation
-        return norms or made
+        return read or norms or made
+
+    def _channels(self, member: Member) -> Tensor | None:
+        """The statistic along the member's axis, of the member's dimensions."""
+        found = self.data().mean_of(self.statistic, f"{'read' if member.consumes else 'made'}|{member.path}")
+        if found is None or len(found) != member.units.numel():
+            return None
+        return found.reshape(member.units.shape)
 
     def member(self, group: Group, member: Member) -> Tensor | None:
-        """The statistic of a module's output channels."""
-        found = self.data().mean_of(self.statistic, member.path)
-        if found is None or len(found) != member.units.shape[0]:
-            return None
-        shape = [-1] + [1] * (member.units.ndim - 1)
-        return member.rows(found.reshape(shape), group.parts).mean(1)
+        """The mean of the statistic over a unit's channels."""
+        found = self._channels(member)
+        return None if found is None else member.rows(found, group.parts).mean(1)
 
 
 class ActivationMean(_Activation):

@@ -15,16 +15,16 @@ from maskprop.pruning.groups import Group
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _GRADIENTS = frozenset({"taylor", "squared_gradient", "hessian"})
-_ACTIVATIONS = frozenset({"activation_mean", "activation_nonzero", "input_norm"})
+_OUTPUTS = frozenset({"activation_mean", "activation_nonzero"})
+_ACTIVATIONS = _OUTPUTS | {"input_norm"}
 
 
 class Statistics:
     """Means over batches.
 
     Kinds and their keys: ``taylor`` (group and module; the squared sum of weight times gradient a part),
-    ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``,
-    ``activation_nonzero`` (module;
-    an output channel), ``input_norm`` (module; mean square an input channel).
+    ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``, ``activation_nonzero`` (``made`` or
+    ``read`` and module; a channel of its output or input), ``input_norm`` (module; mean square an input channel).
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def collect(
             item is the input, or a dict of keyword arguments.
         loss: ``loss(model, batch)`` gives a scalar; needed for gradients.
         batches: at most so many.
-        activation: applied to a module's output before activations are counted.
+        activation: applied before activations are counted.
         seed: of the random signs of the Hessian's estimate.
 
     Raises:
@@ -169,28 +169,28 @@ def _hooks(
     found: Statistics,
     activation: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
-    """Forward hooks on the modules that produce the groups' units."""
-    paths = {p for g in groups for p in g.modules} if kinds else set()
+    """Forward hooks on the modules that make the groups' units, and on those that read them."""
+    made = {p for g in groups for p in g.modules} if kinds else set()
+    read = {p for g in groups for p in g.consumers} if kinds & _OUTPUTS else set()
     handles = []
-    for path in paths:
+    for path in made | read:
         module = model.get_submodule(path)
         axis = _channel_axis(module)
         if axis is None:
             continue
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any, path: str = path, axis: int = axis) -> None:
-            if kinds & {"activation_mean", "activation_nonzero"} and isinstance(output, Tensor):
-                out = activation(output.detach()).movedim(axis, 0).flatten(1)
-                if "activation_mean" in kinds:
-                    found.add("activation_mean", path, out.abs().double().mean(1))
-                if "activation_nonzero" in kinds:
-                    found.add("activation_nonzero", path, (out != 0).double().mean(1))
-            if "input_norm" in kinds and inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
-                found.add(
-                    "input_norm",
-                    path,
-                    inputs[0].detach().movedim(axis, 0).flatten(1).double().square().mean(1),
-                )
+            source = inputs[0] if inputs else None
+            for side, value in (("made", output), ("read", source)):
+                if path in (made if side == "made" else read) and isinstance(value, Tensor):
+                    seen = activation(value.detach()).movedim(axis, 0).flatten(1)
+                    if "activation_mean" in kinds:
+                        found.add("activation_mean", f"{side}|{path}", seen.abs().double().mean(1))
+                    if "activation_nonzero" in kinds:
+                        found.add("activation_nonzero", f"{side}|{path}", (seen != 0).double().mean(1))
+            if "input_norm" in kinds and isinstance(source, Tensor):
+                norms = source.detach().movedim(axis, 0).flatten(1).double().square().mean(1)
+                found.add("input_norm", path, norms)
 
         handles.append(module.register_forward_hook(hook))
     try:
