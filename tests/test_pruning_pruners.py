@@ -318,8 +318,22 @@ def test_nni_schedule() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     evaluator = mp.TorchEvaluator(training_func, optimizer, training_step, dummy_input=X)
     sub_pruner = mp.TaylorPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator, training_steps=1)
-    _, masks = mp.AGPPruner(sub_pruner, interval_steps=2, total_times=3).compress()
+    before = model[0].weight.detach().clone()
+    scheduled = mp.AGPPruner(sub_pruner, interval_steps=2, total_times=3)
+    _, masks = scheduled.compress(max_steps=2 * 3, max_epochs=None)
+    assert (scheduled.steps, scheduled.times) == (6, 3)
     assert int(masks["0"]["weight"].sum()) == 4
+    assert not torch.equal(scheduled.unwrap_model(bake=False)[0].weight, before)
+
+
+def test_nni_training_time_in_epochs() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    evaluator = mp.TorchEvaluator(training_func, optimizer, training_step, dummy_input=X)
+    pruner = mp.MovementPruner(model, 0.5, evaluator, warmup_step=1, cooldown_begin_step=5)
+    _, masks = pruner.compress(max_steps=None, max_epochs=3)
+    assert pruner._steps == 3 * len(DATA)
+    assert masks
 
 
 def test_nni_quickstart() -> None:

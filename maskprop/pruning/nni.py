@@ -112,9 +112,17 @@ class TorchEvaluator:
         groups: Sequence[Group],
         needs: frozenset[str],
         steps: int | None,
-        activation: Callable[[Tensor], Tensor],
+        **options: Any,
     ) -> Statistics:
-        """Statistics over the batches that the training function takes; nothing is trained."""
+        """Statistics over the batches that the training function takes; nothing is trained.
+
+        Args:
+            model: see :func:`maskprop.pruning.statistics.collect`, as for the next two.
+            groups: that will be scored.
+            needs: kinds of statistics.
+            steps: at most so many batches.
+            **options: handed on.
+        """
         batches: list[Any] = []
 
         def remember(batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +151,7 @@ class TorchEvaluator:
             needs,
             batches,
             lambda m, batch: _loss_of(self.training_step(batch, m)),
-            activation=activation,
+            **options,
         )
 
     def _run(self, model: nn.Module, step: Callable[..., Any], max_steps: int | None, max_epochs: int | None) -> None:

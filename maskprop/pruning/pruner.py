@@ -118,20 +118,24 @@ class Pruner:
         if not isinstance(score, Score) or not score.needs:
             return
         chosen = [g for g, _ in self.plan.values()]
-        activation = getattr(score, "activation", torch.relu)
+        options = {name: getattr(score, name) for name in ("activation", "probes") if hasattr(score, name)}
         if self.evaluator is not None and self.dataset is None:
-            score.statistics = self.evaluator.collect(self.model, chosen, score.needs, self.training_steps, activation)
+            score.statistics = self.evaluator.collect(self.model, chosen, score.needs, self.training_steps, **options)
         elif self.dataset is not None:
             score.statistics = collect(
-                self.model, chosen, score.needs, self.dataset, self.loss, self.training_steps, activation
+                self.model, chosen, score.needs, self.dataset, self.loss, self.training_steps, **options
             )
         else:
             score.statistics = Statistics()  # says what is missing when it is read
 
     # -- use ------------------------------------------------------------------------------------
 
-    def compress(self) -> tuple[nn.Module, NestedMasks]:
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, NestedMasks]:
         """Choose the units and put the masks on the model, where they stay while it trains.
+
+        Args:
+            max_steps: with an NNI evaluator, how long to train first where the method asks for it.
+            max_epochs: likewise.
 
         Returns:
             The model, and masks for :class:`maskprop.ModelSpeedup`; call :meth:`unwrap_model` before that.
@@ -139,7 +143,7 @@ class Pruner:
         Raises:
             ScoreError: the score has no data, or is not one finite number a part. Nothing is changed.
         """
-        self.train()
+        self.train(max_steps, max_epochs)
         masks = self.update()
         if masks:
             apply_masks(self.model, masks)
@@ -149,7 +153,7 @@ class Pruner:
         """Choose anew without touching the model, and return the masks; ``scale`` as in :meth:`prune`."""
         return self.prune(scale).masks
 
-    def train(self) -> None:
+    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
         """Train before pruning, where the method asks for it and an NNI evaluator can; else nothing."""
 
     def prune(self, scale: float = 1.0) -> Removal:

@@ -112,10 +112,11 @@ class SlimPruner(Pruner):
     def _norms(self, group: Group) -> list[str]:
         return [m.name for m in scores.BatchNormScale()._members(group)]
 
-    def train(self) -> None:
+    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
         """With an NNI evaluator: train with the regulariser."""
         if self.evaluator is not None:
-            self.evaluator.train(self.model, max_steps=self.training_steps, penalty=self.penalty)
+            steps = self.training_steps if max_steps is None and max_epochs is None else max_steps
+            self.evaluator.train(self.model, steps, max_epochs, penalty=self.penalty)
 
     def penalty(self) -> Tensor:
         """``regular_scale * sum of |gamma|`` over the batch norms of the groups to prune."""
@@ -226,10 +227,11 @@ class MovementPruner(Pruner):
         self._counted = range(warmup_step, sys.maxsize if cooldown_begin_step is None else cooldown_begin_step)
         self._steps = self._seen = 0
 
-    def train(self) -> None:
+    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
         """With an NNI evaluator: train, and watch the weights move."""
         if self.evaluator is not None:
-            self.evaluator.train(self.model, max_steps=self.training_steps, before_step=self.step)
+            steps = self.training_steps if max_steps is None and max_epochs is None else max_steps
+            self.evaluator.train(self.model, steps, max_epochs, before_step=self.step)
 
     def step(self) -> None:
         """Read the gradients of this step."""
@@ -292,15 +294,12 @@ class ADMMPruner(Pruner):
         self._dual = {n: torch.zeros_like(named_weights(model=self.model)[n]) for n in names}
         self._target = {n: named_weights(self.model)[n].detach().clone() for n in names}
 
-    def train(self) -> None:
-        """With an NNI evaluator: iterate."""
+    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        """With an NNI evaluator: iterate, each time for so long."""
+        steps = self.training_steps if max_steps is None else max_steps
+        epochs = self.training_epochs if max_epochs is None else max_epochs
         for _ in range(self.iterations if self.evaluator is not None else 0):
-            self.evaluator.train(
-                self.model,
-                max_steps=self.training_steps,
-                max_epochs=self.training_epochs,
-                penalty=self.penalty,
-            )
+            self.evaluator.train(self.model, steps, epochs, penalty=self.penalty)
             self.step()
 
     def penalty(self) -> Tensor:

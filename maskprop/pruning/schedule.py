@@ -83,18 +83,20 @@ class Schedule:
         """The masks as they are now, ``{module: {parameter: mask}}``."""
         return self.pruner.masks
 
-    def compress(self) -> tuple[nn.Module, NestedMasks]:
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, NestedMasks]:
         """Go to the end: with an NNI evaluator by training in between, without one by pruning at once.
+
+        Args:
+            max_steps: how long the evaluator trains; until the last pruning by default.
+            max_epochs: likewise.
 
         Returns:
             The model with masks on, and the masks.
         """
         if self.evaluator is not None:
-            self.evaluator.train(
-                self.model,
-                max_steps=self.warmup_steps + self.interval_steps * self.total_times,
-                after_step=self.step,
-            )
+            until_last = self.warmup_steps + self.interval_steps * self.total_times
+            steps = until_last if max_steps is None and max_epochs is None else max_steps
+            self.evaluator.train(self.model, steps, max_epochs, after_step=self.step)
         while not self.done:
             self.times = self.total_times
             self._prune(1.0)

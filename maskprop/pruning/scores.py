@@ -186,7 +186,7 @@ class Taylor(Score):
     """``E[(sum of w * g)^2]`` over batches (Molchanov et al., 2019, arXiv:1906.10771).
 
     The sum is over the parameters nearest to the activation, see :attr:`Group.gates`: to first order, the change of
-    the loss when the unit falls silent.
+    the loss when the unit falls silent. Give small batches: of a trained model the gradients of a large one cancel.
     """
 
     needs = frozenset({"taylor"})
@@ -213,9 +213,19 @@ class Fisher(Score):
 class OBD(Score):
     """``sum of w^2 * h / 2``, h the Hessian's diagonal (LeCun et al., Optimal Brain Damage, 1989).
 
-    h is Hutchinson's estimate ``E[v * (H v)]`` with random signs v, one a batch (Yao et al., 2021,
-    arXiv:2006.00719).
+    h is Hutchinson's estimate ``E[v * (H v)]`` with random signs v (Yao et al., 2021, arXiv:2006.00719). It is noisy:
+    with few signs the noise decides. Each costs a backward pass.
+
+    Args:
+        reduce, normalize, members: see :class:`Score`.
+        probes: vectors of signs a batch.
     """
+
+    def __init__(
+        self, reduce: str = "mean", normalize: str = "none", members: str = "producers", probes: int = 8
+    ) -> None:
+        super().__init__(reduce, normalize, members)
+        self.probes = probes
 
     needs = frozenset({"hessian"})
 
@@ -256,8 +266,8 @@ class Wanda(Score):
 class _Activation(Score):
     """A statistic of a unit's activation, as the modules that read the unit get it.
 
-    That is behind every norm, sum and activation function in between. Where no module reads it (or which is not known), it
-    is taken at the output of the modules that make the unit. ``activation`` is applied in either case.
+    That is behind every norm, sum and activation function in between. Where no module reads it (or which is not
+    known), it is taken at the output of the modules that make the unit. ``activation`` is applied in either case.
     """
 
     statistic = ""

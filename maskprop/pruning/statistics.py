@@ -23,8 +23,9 @@ class Statistics:
     """Means over batches.
 
     Kinds and their keys: ``taylor`` (group and module; the squared sum of weight times gradient a part),
-    ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``, ``activation_nonzero`` (``made`` or
-    ``read`` and module; a channel of its output or input), ``input_norm`` (module; mean square an input channel).
+    ``squared_gradient`` and ``hessian`` (parameter; elementwise), ``activation_mean``, ``activation_nonzero``
+    (``made`` or ``read`` and module; a channel of its output or input), ``input_norm`` (module; mean square an input
+    channel).
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,7 @@ def collect(
     batches: int | None = None,
     activation: Callable[[Tensor], Tensor] = torch.relu,
     seed: int = 0,
+    probes: int = 8,
 ) -> Statistics:
     """Run a model over batches in evaluation mode and collect what scores need.
 
@@ -68,6 +70,7 @@ def collect(
         batches: at most so many.
         activation: applied before activations are counted.
         seed: of the random signs of the Hessian's estimate.
+        probes: vectors of signs a batch.
 
     Raises:
         ScoreError: gradients are needed and there is no loss, the loss is not a scalar, or ``data`` is empty.
@@ -91,7 +94,7 @@ def collect(
                 break
             result = _forward(model, batch) if loss is None else loss(model, batch)
             if needs & _GRADIENTS:
-                _gradients(model, groups, needs, result, found, generator)
+                _gradients(model, groups, needs, result, found, generator, probes)
             found.batches += 1
     if not found.batches:
         raise ScoreError(
@@ -115,6 +118,7 @@ def _gradients(
     result: Any,
     found: Statistics,
     generator: torch.Generator,
+    probes: int,
 ) -> None:
     if not isinstance(result, Tensor) or result.numel() != 1:
         came = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
@@ -136,7 +140,7 @@ def _gradients(
                 terms = [group.rows(m, products[m.name]).double().sum(1) for m in members if m.name in products]
                 if terms:
                     found.add("taylor", f"{group.name}|{path}", torch.stack(terms).sum(0).square())
-    if second:
+    for _ in range(probes if second else 0):
         signs = {
             n: torch.randint(0, 2, g.shape, generator=generator).to(g) * 2 - 1
             for n, g in by_name.items()
@@ -146,6 +150,7 @@ def _gradients(
             [by_name[n] for n in signs],
             [parameters[n] for n in signs],
             list(signs.values()),
+            retain_graph=True,
             allow_unused=True,
         )
         for (name, sign), product in zip(signs.items(), curved, strict=True):
