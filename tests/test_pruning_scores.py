@@ -149,6 +149,25 @@ def test_wanda(convolution: nn.Conv2d) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
+def test_wanda_of_an_embedding_looks_at_what_else_makes_the_unit() -> None:
+    """Token ids are no features: the table of a residual stream has no say, the layer that adds to it has."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(9, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+            return self.head(self.table(ids) + self.inner(x))
+
+    model, ids, x = Net(), torch.arange(5)[None], torch.randn(1, 5, 3)
+    groups, score = prunable_groups(model, (ids, x)), scores.Wanda()
+    score.statistics = collect(model, groups, score.needs, [None], lambda m, _: m(ids, x).sum())
+    norms = x[0].double().square().mean(0).sqrt()
+    expected = (model.inner.weight.detach().double().abs() * norms).sum(1)
+    torch.testing.assert_close(score(groups["table"]), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_random_is_its_own() -> None:
     model, before = network(), torch.random.get_rng_state()
     group = prunable_groups(model, X)["0"]

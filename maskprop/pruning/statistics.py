@@ -193,7 +193,7 @@ def _hooks(
                         found.add("activation_mean", f"{side}|{path}", seen.abs().double().mean(1))
                     if "activation_nonzero" in kinds:
                         found.add("activation_nonzero", f"{side}|{path}", (seen != 0).double().mean(1))
-            if "input_norm" in kinds and isinstance(source, Tensor):
+            if "input_norm" in kinds and isinstance(source, Tensor) and source.is_floating_point():  # no token ids
                 norms = source.detach().movedim(axis, 0).flatten(1).double().square().mean(1)
                 found.add("input_norm", path, norms)
 
