@@ -70,7 +70,7 @@ def patch_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[s
         Paths of the modules whose forward was changed and follows the plan now.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    calls = {p: graph.calls[p] for p in paths if p in graph.calls}
+    calls = {p: graph.calls[p] for p in paths if p in graph.calls and _has_author(edits.model.get_submodule(p))}
     with edits.suspended(), frozen_state(edits.model):
         opaque = opaque_arguments(edits.model, calls, inputs, fake)
     done = []
@@ -87,6 +87,12 @@ def patch_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[s
             log.info("no number could be changed in '%s': %s: %s", path, type(error).__name__, error)
             edits.rollback(mark)
     return done
+
+
+def _has_author(module: nn.Module) -> bool:
+    """Whether the forward is not torch's own."""
+    forward = plain_function(type(module).forward)
+    return forward is not None and not forward.__code__.co_filename.startswith(_NOT_AUTHORS)
 
 
 class _Patcher:

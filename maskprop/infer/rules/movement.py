@@ -105,7 +105,7 @@ class Expand(Step):
         out: Labels = [*[None] * lead, *(moved(a, self.move) for a in labels)]
         for axis, n in enumerate(self.dst):
             grows = n > 1 and (axis < lead or self.src[axis - lead] == 1)
-            if not grows or axis == 0:
+            if not grows or (self.merges_next and axis == 0):
                 continue
             if not self.merges_next:  # equal elements: as free as what they meet
                 out[axis] = c.fresh([n if i == axis else 1 for i in range(len(self.dst))])
