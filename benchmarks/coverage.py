@@ -271,7 +271,8 @@ def main() -> None:
             limits,
             arguments.results,
         )
-    write_table(list(read_results(arguments.results).values()), arguments.table)
+    rows = list(read_results(arguments.results).values())
+    write_table(rows, arguments.table, {zoo: len(load_zoo(zoo)) for zoo in ZOOS})
 
 
 if __name__ == "__main__":

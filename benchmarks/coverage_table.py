@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,21 @@ counted as elements, tied ones once. Seconds are those of one speedup on a share
 """
 
 
-def write_table(rows: list[Row], path: Path) -> None:
-    """Writes the page: totals, what needs attention, then every row."""
+def write_table(rows: list[Row], path: Path, held: Mapping[str, int] | None = None) -> None:
+    """Writes the page: totals, what needs attention, then every row.
+
+    Args:
+        rows: of all zoos.
+        path: of the page.
+        held: how many models each zoo holds.
+    """
     rows = [row for row in rows if row["masking"] != "done" and row["zoo"] != "handmade"]
     rows.sort(key=lambda row: (row["zoo"], row["model"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_page(rows)) + "\n")
+    path.write_text("\n".join(_page(rows, held or {})) + "\n")
 
 
-def _page(rows: list[Row]) -> Iterable[str]:
+def _page(rows: list[Row], held: Mapping[str, int]) -> Iterable[str]:
     models = {_model(row) for row in rows}
     exact = [row for row in rows if row["outcome"] == "exact"]
     clean = models - {_model(row) for row in rows if row["outcome"] != "exact"}
@@ -48,6 +54,10 @@ def _page(rows: list[Row]) -> Iterable[str]:
     yield f"* **{len(clean)} of {len(models)} models are exact under every masking** that fits them and was run."
     yield f"* {len(exact)} of {len(rows)} speedups are exact; {sum(map(_smaller, exact))} of those removed parameters."
     yield f"* **Silent mismatches: {mismatches}.** Not exact, for whatever reason: {len(rows) - len(exact)}."
+    for zoo, count in held.items():
+        run = sum(name == zoo for name, _ in models)
+        if run < count:
+            yield f"* **Not run with this engine yet: {count - run} of the {count} models of {zoo}.**"
     yield f"* {len(models) - len(generated)} models needed no generated forward under any masking."
     yield ""
     yield PREFACE

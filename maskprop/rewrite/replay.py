@@ -132,6 +132,8 @@ class Replay:
     def _skipped(self, node: fx.Node) -> bool:
         if node.target in _LAYOUT or "inserted" in node.meta:
             return True
+        if node.target is aten.t.default and node.all_input_nodes[0].op == "get_attr":
+            return True  # a linear's own weight: with a new bias it is turned later
         return bool(self.replaced) and self._inside_replaced(node)
 
     def _inside_replaced(self, node: fx.Node) -> bool:

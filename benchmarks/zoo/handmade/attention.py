@@ -371,7 +371,7 @@ class BeitAttention(nn.Module):
         self.table = nn.Parameter(torch.randn(2 * length - 1, heads))
         place = torch.arange(length)
         self.register_buffer("index", place[:, None] - place[None] + length - 1, persistent=False)
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
         self.register_buffer("k_bias", torch.zeros(width), persistent=False)
 
