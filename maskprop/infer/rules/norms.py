@@ -222,7 +222,9 @@ class RMSNorm(LayerNorm):
         zero = facts[0].zero
         if facts[0].total or not isinstance(found, tuple) or not bool(zero.any()):
             return found
-        return Fact.zeros(zero | found[0].known), *found[1:]
+        known, value = zero | found[0].known, found[0].value()
+        value = torch.where(zero, torch.zeros((), dtype=value.dtype), value)
+        return Fact.of_value(value, known.expand(torch.broadcast_shapes(known.shape, value.shape))), *found[1:]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         place, weight = self._place(op), op.arg("weight")
