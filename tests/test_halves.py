@@ -1,0 +1,124 @@
+"""Half of every layer of the usual networks: what is left, worked out by hand, and the masked one's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.check import masked_reference, relative_error
+from benchmarks.zoo.randomise import randomise
+from maskprop import ModelSpeedup
+from maskprop._torchvision import import_torchvision
+
+import_torchvision()
+from torchvision import models as tv  # noqa: E402
+
+TOLERANCE = 1e-5
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vgg11_bn": lambda: tv.vgg11_bn(num_classes=10),
+    "resnet18": lambda: tv.resnet18(num_classes=10),
+    "resnet50": lambda: tv.resnet50(num_classes=10),
+    "resnext50_32x4d": lambda: tv.resnext50_32x4d(num_classes=10),
+    "regnet_y_400mf": lambda: tv.regnet_y_400mf(num_classes=10),
+    "mobilenet_v2": lambda: tv.mobilenet_v2(num_classes=10),
+    "mobilenet_v3_small": lambda: tv.mobilenet_v3_small(num_classes=10),
+    "densenet121": lambda: tv.densenet121(num_classes=10),
+    "googlenet": lambda: tv.googlenet(num_classes=10, aux_logits=False, init_weights=False),
+    "shufflenet_v2_x0_5": lambda: tv.shufflenet_v2_x0_5(num_classes=10),
+    "squeezenet1_1": lambda: tv.squeezenet1_1(num_classes=10),
+}
+LAYERS = (nn.Conv2d, nn.Linear)
+
+
+def network(name: str) -> tuple[nn.Module, str]:
+    """The network, and the name of its last layer, whose outputs are the model's."""
+    torch.manual_seed(0)
+    model = randomise(NETWORKS[name]().eval(), images(2))
+    return model, [n for n, m in model.named_modules() if isinstance(m, LAYERS)][-1]
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+
+
+def check_equal(model: nn.Module, expected: nn.Module) -> None:
+    with torch.no_grad():
+        for batch in (1, 3):
+            assert relative_error(model(images(batch)), expected(images(batch))) <= TOLERANCE
+
+
+def half(size: int) -> int:
+    return (size + 1) // 2
+
+
+def left(model: nn.Module, last: str) -> int:
+    """Parameters where each layer keeps every other output, and each input that a kept output feeds."""
+    count = 0
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            out = m.out_channels if name == last else half(m.out_channels)
+            depthwise = m.groups == m.in_channels
+            into = 3 if m.in_channels == 3 else 1 if depthwise else half(m.in_channels) // m.groups
+            count += out * into * m.kernel_size[0] * m.kernel_size[1] + (out if m.bias is not None else 0)
+        elif isinstance(m, nn.Linear):
+            out = m.out_features if name == last else half(m.out_features)
+            count += out * half(m.in_features) + out
+        elif isinstance(m, nn.BatchNorm2d):
+            count += 2 * half(m.num_features)
+    return count
+
+
+# Units that are shuffled among others, of which other units left, change their order: that is not undone.
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"shufflenet_v2_x0_5"}))
+def test_every_other_unit_of_every_layer(name: str) -> None:
+    model, last = network(name)
+    masks = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (*LAYERS, nn.BatchNorm2d)) and path != last:
+            for key, tensor in module.named_parameters(recurse=False):
+                mask = torch.zeros_like(tensor)
+                mask[::2] = 1
+                masks[f"{path}.{key}"] = mask
+    expected, count = masked_reference(model, masks), left(model, last)
+    ModelSpeedup(model, images(2), masks).speedup_model()
+    assert sum(p.numel() for p in model.parameters()) == count
+    check_equal(model, expected)
+
+
+def test_inside_of_shuffled_units() -> None:
+    model, _ = network("shufflenet_v2_x0_5")
+    masks, saved = {}, 0
+    for path, branch in model.named_modules():
+        if path.endswith("branch2"):
+            into, out = branch[0].in_channels, branch[5].out_channels
+            saved += into * out // 2 + out + 9 * out // 2 + out + out * out // 2
+            for layer in (0, 1, 3, 4):
+                for key, tensor in branch[layer].named_parameters():
+                    masks[f"{path}.{layer}.{key}"] = torch.zeros_like(tensor)
+                    masks[f"{path}.{layer}.{key}"][::2] = 1
+    expected, before = masked_reference(model, masks), sum(p.numel() for p in model.parameters())
+    ModelSpeedup(model, images(2), masks).speedup_model()
+    assert before - sum(p.numel() for p in model.parameters()) == saved
+    check_equal(model, expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_another_half_in_every_layer(name: str) -> None:
+    """Masks that conflict wherever layers meet, with constants left behind."""
+    model, last = network(name)
+    generator = torch.Generator().manual_seed(1)
+    masks = {
+        f"{path}.weight": (torch.rand(len(module.weight), generator=generator) < 0.5)
+        .reshape(-1, *[1] * (module.weight.ndim - 1))
+        .expand(module.weight.shape)
+        .float()
+        for path, module in model.named_modules()
+        if isinstance(module, LAYERS) and path != last
+    }
+    expected, before = masked_reference(model, masks), sum(p.numel() for p in model.parameters())
+    ModelSpeedup(model, images(2), masks).speedup_model()
+    assert sum(p.numel() for p in model.parameters()) < before
+    check_equal(model, expected)
