@@ -21,7 +21,7 @@ OUTCOMES = {
 }
 
 PREFACE = """Written by `python -m benchmarks.coverage` from the JSON lines in
-[benchmarks/results/coverage](../benchmarks/results/coverage); a run resumes what is there, `--redo` runs it anew.
+`benchmarks/results/coverage`; a run resumes what is there, `--redo` runs it anew.
 [maskings.py](../benchmarks/zoo/maskings.py) describes the maskings, each of which masks about half of what it names.
 Weights, biases, norms and running statistics are random. Each result is compared with the masked model on inputs that
 no stage of the speedup has seen, at two batch sizes (and another length where a model takes any). Parameters are
