@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .machine import sentence
+from .subjects import SUBJECTS
 
 Row = dict[str, Any]
 DASH = "—"
@@ -37,6 +38,10 @@ def section(results: Row) -> Iterator[str]:
         yield "The most that a warm speedup takes on top of the dense model, in MB and in sizes of its parameters."
         yield ""
         yield from _memory(memory, results["peers"])
+    absent = [name for name in SUBJECTS if name not in results["models"]]
+    if absent:
+        yield f"Not run: {', '.join(absent)}."
+        yield ""
     failures = list(_failures(results["models"]))
     if failures:
         yield "### Failures"
