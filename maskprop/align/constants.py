@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -135,7 +134,7 @@ def _kept_outputs(op: Op, c: Coupling, s: Solution) -> Tensor:
     count = op.shape[axis]
     if labels is None:
         return torch.arange(count)
-    return torch.from_numpy(np.flatnonzero(~s.leaves(labels.reshape(-1))))
+    return s.kept(labels)
 
 
 def rescale_means(plan: Plan, c: Coupling, s: Solution) -> dict[fx.Node, tuple[int, float]]:

@@ -77,6 +77,10 @@ class Solution:
         found: Bools = self.removed[self.groups_of(labels)]
         return found
 
+    def kept(self, labels: Tensor) -> Tensor:
+        """Positions, in the flat order, whose labels stay."""
+        return torch.from_numpy(np.flatnonzero(~self.leaves(labels)))
+
     def solve(self, restore: Mapping[str, Restore]) -> None:
         """Find the fixed point, restoring until every check in ``restore`` returns nothing.
 

@@ -162,23 +162,6 @@ class Coupling:
 
     # -- what a rule may state ------------------------------------------------------------------
 
-    def mean_of_squares(self, labels: Tensor | None, live: Tensor, place: ScalePlace | None) -> bool:
-        """Zeros (what is not ``live``) may leave a mean over ``labels`` if ``place`` makes up for their number.
-
-        Returns:
-            Whether they may: the labels are pinned otherwise.
-        """
-        if labels is None:
-            return False
-        if place is None or labels.numel() != max(labels.shape):
-            self.pin(labels, "is averaged over")
-            return False
-        self.read.append(labels)
-        shape = broadcast_shape(live.shape, labels.shape)
-        self.pin(labels.expand(shape)[live.expand(shape)], "is averaged here", live=True)
-        self.rescales.append(Rescale(labels.reshape(-1), place))
-        return True
-
     def fresh(self, shape: Sequence[int]) -> Tensor:
         """New labels, one an element."""
         count = 1
@@ -217,6 +200,27 @@ class Coupling:
         """Pin several arrays."""
         for array in labels:
             self.pin(array, reason)
+
+    def end(self, labels: Tensor, live: Tensor, reason: str) -> None:
+        """The labels end here, at a sum: those that are ``live`` (broadcast against them) stay under these masks."""
+        self.read.append(labels)
+        shape = broadcast_shape(live.shape, labels.shape)
+        self.pin(labels.expand(shape)[live.expand(shape)], reason, live=True)
+
+    def mean_of_squares(self, labels: Tensor | None, live: Tensor, place: ScalePlace | None) -> bool:
+        """Zeros (what is not ``live``) may leave a mean over ``labels`` if ``place`` makes up for their number.
+
+        Returns:
+            Whether they may: the labels are pinned otherwise.
+        """
+        if labels is None:
+            return False
+        if place is None or labels.numel() != max(labels.shape):
+            self.pin(labels, "is averaged over")
+            return False
+        self.end(labels, live, "is averaged here")
+        self.rescales.append(Rescale(labels.reshape(-1), place))
+        return True
 
     def triple(self, row: Tensor, outer: Tensor, inner: Tensor) -> None:
         """State ``row = outer or inner``."""

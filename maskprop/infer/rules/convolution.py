@@ -190,7 +190,6 @@ class Convolution(Rule):
         return out
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling, groups: int, ragged: bool) -> None:
-        c.read.append(labels)
         facts, y = c.facts_of(op), c.needed_of(op)
         channels = op.shapes[0][1]
         outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
@@ -214,7 +213,7 @@ class Convolution(Rule):
                 live = live & ~foldable
         elif c.constants == "drop":
             live = live & ~all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1).expand(channels)
-        c.pin(labels[live], "is read here", live=True)
+        c.end(labels, live, "is read here")
 
 
 def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:

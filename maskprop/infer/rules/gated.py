@@ -13,8 +13,8 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels
 from maskprop.infer.facts import Fact, broadcast_shape
 from maskprop.infer.op import Op
-from maskprop.infer.rules.movement import Slice
 from maskprop.infer.rules.registry import Rule, register
+from maskprop.infer.rules.steps import Slice
 
 
 @register(torch.ops.aten.glu.default)

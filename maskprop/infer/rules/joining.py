@@ -13,8 +13,8 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, broadcast_shape, lead, reduce_to, spread
 from maskprop.infer.op import Op
-from maskprop.infer.rules.movement import Slice
 from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.steps import Slice
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Contraction, Coupling, Labels
-from maskprop.infer.facts import Fact, any_over, bool_matmul, broadcast_shape, reduce_to
+from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, weight_place
 from maskprop.infer.rules.convolution import unit_constants
@@ -137,7 +137,6 @@ class MatMul(Rule):
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
         """Which summed units the op lets go."""
-        c.read.append(labels)
         o, a, b = self._factors(op, c.facts_of(op))
         read = o.lift(c.needed_of(op)) & ~_average(a, b)
         # live[.., 1, k]: some needed result reads a term through k that may not be zero
@@ -147,8 +146,7 @@ class MatMul(Rule):
             live = live & ~a.known
         elif b.total and not a.total and len(op.shape) == 2 and live.shape[0] == 1:
             live = live & ~self._leave_constants(op, labels, a, live.reshape(-1), c)
-        shape = broadcast_shape(live.shape, labels.shape)
-        c.pin(labels.expand(shape)[live.expand(shape)], "is read here", live=True)
+        c.end(labels, live, "is read here")
 
     def _leave_constants(self, op: Op, labels: Tensor, a: Fact, live: Tensor, c: Coupling) -> Tensor:
         """Which live units are the same for every input and have a place for what they leave behind."""

@@ -1,359 +1,34 @@
 """Movement ops: each result element is one input element.
 
-Every such op is a short list of *steps* (permute, reshape, expand, slice, roll). A step moves any tensor that is
-broadcastable over the value, so one implementation serves known masks, values and labels; ``back`` sends needed
-elements the other way. Only a reshape that splits or merges axes makes new labels:
-
-* split: ``row = outer or inner``; an axis along which the labels merely repeat takes none;
-* merge: the same triple the other way round.
+Every such op is a short list of steps (permute, reshape, expand, slice, roll; see :mod:`maskprop.infer.rules.steps`),
+which this file declares.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, any_over, broadcast_shape, reduce_to, spread, squash
+from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, register_rule
+from maskprop.infer.rules.steps import (
+    Expand,
+    Part,
+    Permute,
+    Reshape,
+    Roll,
+    Shape,
+    Slice,
+    Step,
+    move_back,
+    move_fact,
+)
 
 aten = torch.ops.aten
-Shape = tuple[int, ...]
-
-
-class Step:
-    """One movement from a value of shape ``src`` to one of shape ``dst``."""
-
-    src: Shape
-    dst: Shape
-
-    def move(self, t: Tensor) -> Tensor:
-        """Apply to a tensor broadcastable over ``src``."""
-        raise NotImplementedError
-
-    def back(self, t: Tensor) -> Tensor:
-        """For a bool broadcastable over ``dst``: which source elements land on a true one."""
-        raise NotImplementedError
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Permute(Step):
-    """Axes in another order."""
-
-    src: Shape
-    order: Shape
-
-    @property
-    def dst(self) -> Shape:  # type: ignore[override]
-        return tuple(self.src[d] for d in self.order)
-
-    def move(self, t: Tensor) -> Tensor:
-        return t.permute(self.order)
-
-    def back(self, t: Tensor) -> Tensor:
-        return t.permute([self.order.index(d) for d in range(len(self.order))])
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        return [moved(labels[d], self.move) for d in self.order]
-
-
-@dataclass(frozen=True)
-class Reshape(Step):
-    """The same elements in order, other axes."""
-
-    src: Shape
-    dst: Shape
-
-    def move(self, t: Tensor) -> Tensor:
-        return _folded_back(reshape(t, self.src, self.dst), self.src, self.dst)
-
-    def back(self, t: Tensor) -> Tensor:
-        return _folded_back(reshape(t, self.dst, self.src), self.dst, self.src)
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        if all(a is None for a in labels):
-            return [None] * len(self.dst)
-        middle = _atoms(self.src, self.dst)
-        return _couple_reshape(_couple_reshape(labels, self.src, middle, c), middle, self.dst, c)
-
-
-@dataclass(frozen=True)
-class Expand(Step):
-    """Axes of size 1 repeated."""
-
-    src: Shape
-    dst: Shape
-    merges_next: bool = False
-
-    def move(self, t: Tensor) -> Tensor:
-        return t.reshape((1,) * (len(self.dst) - t.ndim) + t.shape)
-
-    def back(self, t: Tensor) -> Tensor:
-        return reduce_to(t, self.src)
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        lead = len(self.dst) - len(self.src)
-        out: Labels = [*[None] * lead, *(moved(a, self.move) for a in labels)]
-        for axis, n in enumerate(self.dst):
-            grows = n > 1 and (axis < lead or self.src[axis - lead] == 1)
-            if not grows or (self.merges_next and axis == 0):
-                continue
-            if not self.merges_next:  # equal elements: as free as what they meet
-                out[axis] = c.fresh([n if i == axis else 1 for i in range(len(self.dst))])
-                continue
-            # copies inside a labelled axis (the query heads of a key-value head) may leave one by one
-            before = out[axis - 1]
-            if before is None and self.dst[axis - 1] != 1 and axis > 1:
-                continue
-            sizes = [1] * len(self.dst) if before is None else list(before.shape)
-            sizes[axis] = n
-            out[axis] = c.fresh(sizes)
-            c.regular(out, axis)
-        return out
-
-
-@dataclass(frozen=True)
-class Slice(Step):
-    """A part of an axis.
-
-    Halves stay halves, since their bounds are usually computed from the size. Other bounds follow the units before
-    them; whether ``forward`` can express that, the replay tells.
-    """
-
-    src: Shape
-    dim: int
-    start: int
-    stop: int
-    step: int = 1
-    pins: str = ""
-
-    @property
-    def dst(self) -> Shape:  # type: ignore[override]
-        length = max(0, -(-(self.stop - self.start) // self.step))
-        return (*self.src[: self.dim], length, *self.src[self.dim + 1 :])
-
-    @property
-    def index(self) -> tuple[slice, ...]:
-        """Where the slice is, for indexing a tensor of full size along the axis."""
-        return (*[slice(None)] * self.dim, slice(self.start, self.stop, self.step))
-
-    def move(self, t: Tensor) -> Tensor:
-        return t if t.shape[self.dim] == 1 else t[self.index]
-
-    def back(self, t: Tensor) -> Tensor:
-        if self.dst == self.src:
-            return t
-        shape = list(t.shape)
-        shape[self.dim] = self.src[self.dim]
-        out = torch.zeros(shape, dtype=torch.bool)
-        out[self.index] = t
-        return out
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        dim, size, bounds = self.dim, self.src[self.dim], (self.start, self.stop)
-        if self.dst == self.src:
-            return labels
-        if self.pins or self.step != 1:
-            c.pin(labels[dim], self.pins or f"is cut at {self.start}:{self.stop}:{self.step} of {size}")
-        elif size % 2 == 0 and bounds in ((0, size // 2), (size // 2, size)):
-            c.chunks(labels, dim, 2)
-        elif self.start:  # of a ragged axis, the slice starts after as many units everywhere
-            before = Slice(self.src, dim, 0, self.start)
-            c.regular([moved(a, before.move) for a in labels], dim)
-        return self._moved(labels, c)
-
-    def _moved(self, labels: Labels, c: Coupling) -> Labels:
-        out = [moved(a, self.move) for a in labels]
-        part = out[self.dim]
-        if part is not None:
-            c.nonempty.append(part)
-            c.regular(out, self.dim)
-        return out
-
-
-@dataclass(frozen=True)
-class Roll(Step):
-    """Reorder along axes: roll and flip."""
-
-    src: Shape
-    dims: Shape
-    fn: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
-
-    @property
-    def dst(self) -> Shape:  # type: ignore[override]
-        return self.src
-
-    def _full(self, t: Tensor) -> Tensor:
-        varying = [d for d in self.dims if t.shape[d] > 1]
-        return spread(t, self.dims, self.src) if varying else t
-
-    def move(self, t: Tensor) -> Tensor:
-        return self.fn(self._full(t))
-
-    def back(self, t: Tensor) -> Tensor:
-        return self.inverse(self._full(t))
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        for d in self.dims:
-            c.pin(labels[d], "is rolled or flipped along this axis")
-        return [None if i in self.dims else moved(a, self.move) for i, a in enumerate(labels)]
-
-
-# -- reshape ------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096)
-def axis_groups(src: Shape, dst: Shape) -> list[tuple[list[int], list[int]]]:
-    """Factor a reshape into the smallest groups of axes with equal products; axes of size 1 are left out."""
-    groups: list[tuple[list[int], list[int]]] = []
-    left = [i for i, n in enumerate(src) if n != 1]
-    right = [j for j, n in enumerate(dst) if n != 1]
-    i = j = 0
-    while i < len(left) or j < len(right):
-        ins, outs = [left[i]], [right[j]]
-        a, b = src[left[i]], dst[right[j]]
-        i, j = i + 1, j + 1
-        while a != b:
-            if a < b:
-                a *= src[left[i]]
-                ins.append(left[i])
-                i += 1
-            else:
-                b *= dst[right[j]]
-                outs.append(right[j])
-                j += 1
-        groups.append((ins, outs))
-    return groups
-
-
-def reshape(t: Tensor, src: Shape, dst: Shape) -> Tensor:
-    """Reshape a broadcastable tensor, expanding only the groups of axes along which it varies."""
-    if 0 in src:
-        return (
-            any_over(t, range(t.ndim)).reshape((1,) * len(dst))
-            if t.dtype == torch.bool
-            else t.new_zeros((1,) * len(dst))
-        )
-    sizes, target = [1] * len(src), [1] * len(dst)
-    for ins, outs in axis_groups(src, dst):
-        if any(t.shape[i] != 1 for i in ins):
-            for i in ins:
-                sizes[i] = src[i]
-            for o in outs:
-                target[o] = dst[o]
-    return t.expand(sizes).reshape(target)
-
-
-def _folded_back(t: Tensor, src: Shape, dst: Shape) -> Tensor:
-    """A reshaped tensor without the axes along which it stopped varying: a batch that had been folded into heads."""
-    if t.numel() > 1 and 0 not in src:
-        for _, outs in axis_groups(src, dst):
-            if len(outs) > 1:
-                t = squash(t, outs)
-    return t
-
-
-@functools.lru_cache(maxsize=4096)
-def _atoms(src: Shape, dst: Shape) -> Shape:
-    """A shape between the two, so that the first half only splits axes and the second only merges them.
-
-    Where the cuts of the two do not nest, the first half merges and the second splits.
-    """
-    middle: list[int] = []
-    for ins, outs in axis_groups(src, dst):
-        a, b = _bounds([src[i] for i in ins]), _bounds([dst[o] for o in outs])
-        cuts = sorted(set(a) | set(b))
-        if all(high % low == 0 for low, high in itertools.pairwise(cuts)):
-            sizes = [high // low for low, high in zip([1, *cuts], cuts, strict=False)]
-            middle += [n for n in reversed(sizes) if n != 1]
-        else:
-            middle.append(cuts[-1])
-    return tuple(middle)
-
-
-def _bounds(sizes: Sequence[int]) -> list[int]:
-    """Products of the sizes from the right: where the flat order is cut."""
-    out, product = [], 1
-    for n in reversed(sizes):
-        product *= n
-        out.append(product)
-    return out
-
-
-def _couple_reshape(labels: Labels, src: Shape, dst: Shape, c: Coupling) -> Labels:
-    """Labels through a reshape in which every group of axes is either split or merged.
-
-    A merged axis keeps its units in the order of the merged positions. Where the choice along an axis varies along a
-    later one (channels of groups, about to be shuffled), what is left would stand in another order: so it may not.
-    """
-    groups = axis_groups(src, dst)
-    labels = list(labels)
-    for ins, outs in groups:
-        for i, axis in enumerate(ins if len(outs) == 1 else ()):
-            labels[axis] = c.uniform(labels[axis], ins[i + 1 :])
-    reshaped = [moved(a, lambda t: reshape(t, src, dst)) for a in labels]
-    out: Labels = [None] * len(dst)
-    splits: list[tuple[Tensor, list[int]]] = []
-    for ins, outs in groups:
-        if len(ins) == 1:
-            rows = reshaped[ins[0]]
-            if rows is not None and len(outs) == 1:
-                out[outs[0]] = rows
-            elif rows is not None:
-                splits.append((rows, outs))
-        else:
-            out[outs[0]] = _merge([reshaped[i] for i in ins], c)
-    for rows, outs in splits:
-        _split(rows, outs, out, c)
-    return out
-
-
-def _split(rows: Tensor, axes: list[int], out: Labels, c: Coupling) -> None:
-    for axis in axes:  # drop the axes along which the labels merely repeat
-        first = rows.narrow(axis, 0, 1)
-        if rows.shape[axis] > 1 and torch.equal(rows, first.expand_as(rows)):
-            rows = first
-    varying = [axis for axis in axes if rows.shape[axis] > 1]
-    if not varying:
-        c.pin(rows, "is one unit repeated over a split axis")
-        return
-    made = []
-    for axis, rest in zip(varying, (varying[i + 1 :] for i in range(len(varying))), strict=True):
-        if not rest:
-            out[axis] = rows
-            break
-        outer = c.fresh([1 if i in rest else n for i, n in enumerate(rows.shape)])
-        inner = c.fresh(rows.shape)
-        c.triple(rows, outer, inner)
-        out[axis], rows = outer, inner
-        made.append(axis)
-    for axis in varying:
-        c.regular(out, axis)
-
-
-def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
-    rows: Tensor | None = None
-    for part in reversed(parts):
-        if part is None or rows is None:
-            rows = part if rows is None else rows
-        else:
-            made = c.fresh(broadcast_shape(part.shape, rows.shape))
-            c.triple(made, part, rows)
-            rows = made
-    return rows
-
-
-# -- the rules ----------------------------------------------------------------------------------
 
 
 class Movement(Rule):
@@ -399,47 +74,6 @@ class Parts(Rule):
                 out = step.couple(out, c)
             results.append(out)
         return tuple(results)
-
-
-def move_fact(fact: Fact, steps: Sequence[Step]) -> Fact:
-    """A fact through a chain of steps."""
-
-    def through(t: Tensor) -> Tensor:
-        for step in steps:
-            t = step.move(t)
-        return t
-
-    rows = fact.row_axis
-    for step in steps if rows is not None else ():
-        rows = _row_axis(step, rows)
-    if fact.nothing:
-        return Fact.unknown(len(steps[-1].dst) if steps else fact.known.ndim, rows)
-    known = through(fact.known)
-    return Fact(known, through(fact.zero), lambda: through(fact.value()), fact.plain, rows, fact.again)
-
-
-def _row_axis(step: Step, axis: int | None) -> int | None:
-    """Where the axis whose elements sum to one goes."""
-    if axis is None or isinstance(step, (Slice, Roll)):
-        untouched = axis is not None and (
-            getattr(step, "dim", None) != axis if isinstance(step, Slice) else axis not in getattr(step, "dims", ())
-        )
-        return axis if untouched else None
-    if isinstance(step, Permute):
-        return step.order.index(axis)
-    if isinstance(step, Expand):
-        return axis + len(step.dst) - len(step.src)
-    for ins, outs in axis_groups(step.src, step.dst):
-        if ins == [axis] and len(outs) == 1:
-            return outs[0]
-    return None
-
-
-def move_back(needed: Tensor, steps: Sequence[Step]) -> Tensor:
-    """Needed elements back through a chain of steps."""
-    for step in reversed(steps):
-        needed = step.back(needed)
-    return needed
 
 
 def _merges_next(node: fx.Node) -> bool:
@@ -500,18 +134,6 @@ def _split_parts(op: Op) -> list[list[Step]]:
         ]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [[Part(op.shapes[0], dim, s, s + n, parts=0)] for s, n in zip(starts, sizes, strict=True)]
-
-
-@dataclass(frozen=True)
-class Part(Slice):
-    """A part of a split: its bounds follow the split's sizes. ``parts`` equal ones, or 0 if they differ."""
-
-    parts: int = 0
-
-    def couple(self, labels: Labels, c: Coupling) -> Labels:
-        if self.parts and self.start == 0:
-            c.chunks(labels, self.dim, self.parts)
-        return self._moved(labels, c)
 
 
 def _roll(op: Op) -> list[Step]:

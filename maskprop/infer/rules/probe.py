@@ -156,12 +156,11 @@ class Probe(Rule):
 
     def _end(self, op: Op, move: Move, labels: Tensor, c: Coupling) -> None:
         """Summed units may leave where one of the inputs is known to be zero."""
-        c.read.append(labels)
         free = torch.zeros(len(labels), dtype=torch.bool)
         for i in move.enders:
             zero = c.facts_of(op)[i].zero
             free = free | all_over(zero, [d for d in range(zero.ndim) if d != move.axes[i]]).reshape(-1)
-        c.pin(labels[~free], f"is read by {op.target}", live=True)
+        c.end(labels, ~free, f"is read by {op.target}")
 
     # -- known ----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskprop.graph.graph import TensorMeta
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, spread
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
 from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
 from maskprop.infer.rules.registry import Rule, evaluate, register
@@ -108,11 +108,9 @@ class Reduction(Rule):
         """Known zeros may leave, and what no needed result reads."""
         if labels is None:
             return
-        c.read.append(labels)
         (fact,) = c.facts_of(op)
         live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
-        shape = broadcast_shape(live.shape, labels.shape)
-        c.pin(labels.expand(shape)[live.expand(shape)], "is summed here", live=True)
+        c.end(labels, live, "is summed here")
 
 
 def _ignores_zeros(op: Op) -> bool:
