@@ -57,6 +57,10 @@ class ModuleCall:
     last: int = 0
     result: Any = None
 
+    def __contains__(self, node: Node) -> bool:
+        """Whether an op was made within the call."""
+        return bool(self.number <= node.meta["call"] <= self.last)
+
 
 @dataclass
 class Graph:

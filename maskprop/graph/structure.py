@@ -45,6 +45,18 @@ def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> An
     return value
 
 
+def map_each_once(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """:func:`map_tensors`, where a tensor that stands in two places stays one."""
+    made: dict[int, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = fn(tensor)
+        return made[id(tensor)]
+
+    return map_tensors(value, once)
+
+
 def _children(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, Mapping):
         yield from value.items()

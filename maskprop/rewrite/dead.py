@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -238,4 +237,4 @@ def _kept(value: Tensor, result: fx.Node, axis: int, alignment: Alignment) -> Te
     own = labels[axis]
     if own is None:
         return full
-    return full[torch.from_numpy(np.flatnonzero(~alignment.solution.leaves(own).reshape(-1)))]
+    return full[alignment.solution.kept(own)]

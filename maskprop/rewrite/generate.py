@@ -8,27 +8,24 @@ value. The result is a subclass of the author's class, put on the same object.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from maskprop.graph.graph import Graph, ModuleCall, shape_of
+from maskprop.graph.graph import ModuleCall, shape_of
 from maskprop.graph.record import Recorder
-from maskprop.graph.shapes import QuickFakes, new_fake
-from maskprop.graph.structure import map_tensors, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, plain_kernels, quiet
+from maskprop.graph.shapes import QuickFakes
+from maskprop.graph.structure import tensors_in
+from maskprop.graph.trace import frozen_state, plain_kernels, quiet
 from maskprop.infer.op import Op
-from maskprop.rewrite.concolic import CannotTrace, bind_arguments, header, is_plain, run_node, trace_module
+from maskprop.rewrite.calls import Arguments
+from maskprop.rewrite.concolic import header, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
 from maskprop.rewrite.replay import Replay
@@ -44,36 +41,27 @@ class _GiveUp(Exception):
     """This module's forward cannot be generated."""
 
 
-def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[str], inputs: Inputs) -> list[str]:
+def generate_forwards(edits: Edits, replay: Replay, calls: Mapping[str, Arguments]) -> list[str]:
     """Give each module a forward in which the planned sizes stand, where that is possible.
 
     Args:
         edits: the compact model and its undo log.
-        graph: of the dense model.
         replay: what the plan expects.
-        paths: modules to treat.
-        inputs: the dummy input.
+        calls: the modules to treat, and how they were called.
 
     Returns:
         Paths of the modules that have a generated forward now.
     """
     traced: dict[str, tuple[fx.Graph, Arguments]] = {}
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with edits.suspended(), frozen_state(edits.model):  # the author's forward runs on the dense module only
-        calls = {p: graph.calls[p] for p in paths if p in graph.calls}
-        state = opaque_arguments(edits.model, calls, inputs, fake)
-        for path in calls:
+        for path, recorded in calls.items():
             module = edits.model.get_submodule(path)
-            try:
-                nodes = bind_arguments(module, calls[path])
-            except CannotTrace as error:
-                log.info("no forward could be traced for '%s': %s", path, error)
-                continue
+            nodes = recorded.nodes
             caches = {name: NoCache() for name in CACHES if name in nodes and nodes[name] is None}
             for stand_ins in [caches, {}] if caches else [{}]:
-                arguments = Arguments(nodes, {**state.get(path, {}), **stand_ins}, fake)
+                arguments = recorded.beside(stand_ins)
                 try:
-                    with fake, QuickFakes():
+                    with arguments.fake, QuickFakes():
                         traced[path] = trace_module(module, arguments.values(_dense_shape)), arguments
                     break
                 except Exception as error:  # whatever fx or the module's code raises: this module is left as it is
@@ -84,9 +72,7 @@ def generate_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequenc
         module = edits.model.get_submodule(path)
         try:
             with frozen_state(module):
-                source, imports = _Generator(
-                    recorder, graph.history, module, path, replay, forward, arguments, fake
-                ).run()
+                source, imports = _Generator(recorder, module, path, replay, forward, arguments).run()
         except Exception as error:  # as above
             log.info("no forward could be generated for '%s': %s: %s", path, type(error).__name__, error)
             continue
@@ -107,114 +93,8 @@ class NoCache:
         return keys, values
 
 
-class Arguments:
-    """Arguments of a module's recorded call, to be made again with other sizes.
-
-    Args:
-        nodes: by name, with graph nodes in place of tensors.
-        opaque: copies of the arguments that are neither tensors nor plain (a key-value cache), as they were when the
-            module was called.
-        fake: the mode of the tensors that are made.
-    """
-
-    def __init__(self, nodes: dict[str, Any], opaque: dict[str, Any], fake: FakeTensorMode) -> None:
-        self.nodes, self._opaque, self._fake = {**nodes, **opaque}, opaque, fake
-
-    def values(self, shape: Callable[[fx.Node], Sequence[int]]) -> dict[str, Any]:
-        """Fresh arguments; ``shape`` tells the size of each tensor."""
-        found = {name: self.blank(value, shape) for name, value in self.nodes.items()}
-        return {**found, **{name: copy_state(value) for name, value in self._opaque.items()}}
-
-    def blank(self, value: Any, shape: Callable[[fx.Node], Sequence[int]]) -> Any:
-        """The same structure with fresh fake tensors in place of nodes, which lie in memory as the recorded ones."""
-
-        def made(node: fx.Node) -> Tensor:
-            meta, sizes = node.meta["tensor"], tuple(shape(node))
-            order = meta.order or tuple(range(len(sizes)))
-            lying = new_fake(self._fake, [sizes[d] for d in order], meta.dtype, meta.device)
-            return lying.permute([order.index(d) for d in range(len(order))])
-
-        return map_tensors(value, made, fx.Node)
-
-
 def _dense_shape(node: fx.Node) -> Sequence[int]:
     return shape_of(node)
-
-
-def opaque_arguments(
-    model: nn.Module, calls: Mapping[str, tuple[Any, dict[str, Any]]], inputs: Inputs, fake: FakeTensorMode
-) -> dict[str, dict[str, Any]]:
-    """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run."""
-    wanted: dict[str, list[str]] = {}
-    for path, call in calls.items():
-        with contextlib.suppress(CannotTrace):  # it is reported when its trace is tried
-            arguments = bind_arguments(model.get_submodule(path), call)
-            wanted[path] = [name for name, value in arguments.items() if _is_opaque(value)]
-    found: dict[str, dict[str, Any]] = {}
-    handles = []
-    for path, names in wanted.items():
-        if names:
-            hook = functools.partial(_take_copies, path=path, names=names, found=found)
-            handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-    if handles:
-        try:
-            with frozen_state(model), torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
-                args, kwargs = map_tensors(inputs, fake.from_tensor)
-                with fake, QuickFakes():
-                    model(*args, **kwargs)
-        except Exception as error:  # then those modules cannot be traced either
-            log.info("the dense model does not run on fake tensors: %s: %s", type(error).__name__, error)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
-
-
-def _take_copies(
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    *,
-    path: str,
-    names: Sequence[str],
-    found: dict[str, dict[str, Any]],
-) -> None:
-    if path not in found:
-        arguments = bind_arguments(module, (args, kwargs))
-        found[path] = {name: copy_state(arguments[name]) for name in names}
-
-
-def _is_opaque(value: Any) -> bool:
-    if isinstance(value, dict):
-        return False
-    return not is_plain(value) and not any(True for _ in tensors_in(value, kind=fx.Node))
-
-
-def copy_state(value: Any) -> Any:
-    """A deep copy that shares its tensors."""
-    memo: dict[int, Any] = {}
-    _tensors_below(value, memo, set())
-    return copy.deepcopy(value, memo)
-
-
-def _tensors_below(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        memo[id(value)] = value
-        return
-    below = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (list, tuple, set))
-        else vars(value).values()
-        if hasattr(value, "__dict__") and not isinstance(value, type)
-        else ()
-    )
-    for one in below:
-        _tensors_below(one, memo, seen)
 
 
 class _Generator:
@@ -223,19 +103,18 @@ class _Generator:
     def __init__(
         self,
         recorder: Recorder,
-        history: Sequence[ModuleCall],
         module: nn.Module,
         path: str,
         replay: Replay,
         forward: fx.Graph,
         arguments: Arguments,
-        fake: FakeTensorMode,
     ) -> None:
         self.recorder, self.module, self.replay = recorder, module, replay
-        self.forward, self.arguments, self.fake = forward, arguments, fake
-        call = next(c for c in history if c.path == path)
-        self.history, self.number = history, call.number
-        self.dense = [n for n in replay.dense(strict=True) if "implied" not in n.meta and _within(n, call)]
+        self.forward, self.arguments, self.fake = forward, arguments, arguments.fake
+        self.history = replay.history
+        self.number = next(c for c in self.history if c.path == path).number
+        dense = replay.dense(strict=True, among=replay.first_call(path))
+        self.dense = [n for n in dense if "implied" not in n.meta]
         self.at = 0
 
     def run(self) -> tuple[str, dict[str, Any]]:
@@ -293,7 +172,7 @@ class _Generator:
             value = self.arguments.blank(child.result, self.replay.alignment.expected_shape)
         for name, tensor in tensors_in(value, "planned"):
             self.recorder.add_input(tensor, name)
-        ops = list(itertools.takewhile(lambda n: _within(n, child), self.dense[self.at :]))
+        ops = list(itertools.takewhile(child.__contains__, self.dense[self.at :]))
         if not ops:
             raise _GiveUp(f"'{child.path}' stands elsewhere in the trace")
         return value, ops
@@ -424,10 +303,6 @@ def _reads_shape(node: fx.Node) -> bool:
     if node.target is not operator.getitem or source is None:
         return False
     return source.target == "size" or (source.target is getattr and source.args[1] == "shape")
-
-
-def _within(node: fx.Node, call: ModuleCall) -> bool:
-    return bool(call.number <= node.meta["call"] <= call.last)
 
 
 def attention_scale(ops: Sequence[fx.Node]) -> float:

@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
 
 import maskprop
-from maskprop.graph.graph import Graph
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, plain_kernels, quiet
+from maskprop.graph.trace import frozen_state, plain_kernels, quiet
 from maskprop.rewrite.authored import (
     NoSource,
     Patch,
@@ -38,9 +36,9 @@ from maskprop.rewrite.authored import (
     plain_function,
     resolve,
 )
-from maskprop.rewrite.concolic import bind_arguments
+from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
-from maskprop.rewrite.generate import Arguments, attention_scale, opaque_arguments
+from maskprop.rewrite.generate import attention_scale
 from maskprop.rewrite.replay import Mismatch, Replay
 
 log = logging.getLogger(__name__)
@@ -56,30 +54,24 @@ _SIZED = {
 _NOT_AUTHORS = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch, maskprop))
 
 
-def patch_forwards(edits: Edits, graph: Graph, replay: Replay, paths: Sequence[str], inputs: Inputs) -> list[str]:
+def patch_forwards(edits: Edits, replay: Replay, calls: Mapping[str, Arguments]) -> list[str]:
     """Change numbers in modules' forwards until they follow the plan, where that is possible.
 
     Args:
         edits: the compact model and its undo log.
-        graph: of the dense model.
         replay: what the plan expects.
-        paths: modules to treat.
-        inputs: the dummy input.
+        calls: the modules to treat, and how they were called.
 
     Returns:
         Paths of the modules whose forward was changed and follows the plan now.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    calls = {p: graph.calls[p] for p in paths if p in graph.calls and _has_author(edits.model.get_submodule(p))}
-    with edits.suspended(), frozen_state(edits.model):
-        opaque = opaque_arguments(edits.model, calls, inputs, fake)
     done = []
-    for path, call in calls.items():
+    for path, arguments in calls.items():
+        if not _has_author(edits.model.get_submodule(path)):
+            continue
         mark = edits.mark()
         try:
-            module = edits.model.get_submodule(path)
-            arguments = Arguments(bind_arguments(module, call), opaque.get(path, {}), fake)
-            if _Patcher(edits, path, replay, arguments, fake).run():
+            if _Patcher(edits, path, replay, arguments).run():
                 done.append(path)
             else:
                 edits.rollback(mark)
@@ -98,8 +90,8 @@ def _has_author(module: nn.Module) -> bool:
 class _Patcher:
     """Patches one module."""
 
-    def __init__(self, edits: Edits, path: str, replay: Replay, arguments: Arguments, fake: FakeTensorMode) -> None:
-        self.edits, self.path, self.replay, self.arguments, self.fake = edits, path, replay, arguments, fake
+    def __init__(self, edits: Edits, path: str, replay: Replay, arguments: Arguments) -> None:
+        self.edits, self.path, self.replay, self.arguments = edits, path, replay, arguments
         self.module = edits.model.get_submodule(path)
         self.dense = replay.first_call(path)
 
@@ -127,7 +119,7 @@ class _Patcher:
         """Run the module alone and compare; where in the author's code the first mismatch arose."""
         error = None
         args, kwargs = _call_arguments(self.module, self.arguments.values(self.replay.alignment.expected_shape))
-        with frozen_state(self.edits.model), torch.no_grad(), plain_kernels(), quiet(), self.fake:
+        with frozen_state(self.edits.model), torch.no_grad(), plain_kernels(), quiet(), self.arguments.fake:
             recorder = _PlaceRecorder(self.edits.model, self.module)
             for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
                 recorder.add_input(tensor, f"x{i}")
@@ -165,7 +157,7 @@ class _Patcher:
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
-        scalars = [a for a in want.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
             return Patch(place, "number", 0, scalars[0])
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")

@@ -25,6 +25,7 @@ from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.attributes import candidates_for, everywhere, lineage
+from maskprop.rewrite.calls import recorded_calls
 from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
@@ -100,14 +101,15 @@ class Repair:
                 return alignment
             self.taken = taken
             self.replaced += replace_attention(self.edits, plan)
-            mismatch = self._follow(alignment)
+            replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
+            mismatch = self._follow(alignment, replay)
             if mismatch is None:
                 self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
             self.edits.rollback(mark)
-            more = self._pins(alignment, mismatch)
+            more = self._pins(alignment, replay, mismatch)
             if not more:
                 raise RewriteError(
                     f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be "
@@ -122,12 +124,11 @@ class Repair:
             f"at {self.pinned[-1]}. The model is unchanged."
         )
 
-    def _follow(self, alignment: Alignment) -> Mismatch | None:
+    def _follow(self, alignment: Alignment, replay: Replay) -> Mismatch | None:
         """Mend the model, and name its sizes; the mismatch that remains, if any.
 
         Most models need no mending: with the names set already, one replay then shows that all is well.
         """
-        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
         self.unread = []
         named = unread_attributes(self.edits.model, replay) if self.may_name else []
         mark = self.edits.mark()
@@ -143,12 +144,11 @@ class Repair:
             mismatch = replay.run(self.edits.model, self.inputs)
         mismatch = self._mend(alignment, replay, mismatch)
         if mismatch is None and self.may_name:
-            self._name_sizes(alignment)
+            self._name_sizes(alignment, replay)
         return mismatch
 
-    def _name_sizes(self, alignment: Alignment) -> None:
+    def _name_sizes(self, alignment: Alignment, replay: Replay) -> None:
         """Set the attributes that name a size which changed and that ``forward`` does not read."""
-        replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
         model = self.edits.model
         alike: dict[tuple[type, str], list[AttributeChange]] = {}
         for change in unread_attributes(model, replay):
@@ -228,9 +228,10 @@ class Repair:
             if type(module) is kind and path not in self.generated and self._changes(replay, path)
         ]
         mark = self.edits.mark()
-        done = patch_forwards(self.edits, self.graph, replay, paths, self.inputs)
-        rest = [p for p in paths if p not in done]
-        done += generate_forwards(self.edits, self.graph, replay, rest, self.inputs) if mismatch.path in rest else []
+        calls = recorded_calls(self.edits, self.graph, paths, self.inputs)
+        done = patch_forwards(self.edits, replay, calls)
+        rest = {path: arguments for path, arguments in calls.items() if path not in done}
+        done += generate_forwards(self.edits, replay, rest) if mismatch.path in rest else []
         self._failed = set(paths) - set(done) if done else set()
         after = replay.run(self.edits.model, self.inputs)
         if mismatch.path in done and (after is None or after.index > mismatch.index):
@@ -247,12 +248,11 @@ class Repair:
 
     # -- giving up ------------------------------------------------------------------------------
 
-    def _pins(self, alignment: Alignment, mismatch: Mismatch) -> list[Pin]:
+    def _pins(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> list[Pin]:
         """Pin what leaves at the op at fault, and at the same op in the other modules of its class.
 
         Where a forward could be generated for some of those modules, only the others are pinned.
         """
-        replay = Replay(self.graph, alignment)
         if mismatch.op is None:
             return self._pin_around(alignment, replay, mismatch.path)
         kind = mismatch.op.meta["module"]

@@ -73,6 +73,7 @@ class Replay:
         self.alignment = alignment
         self.replaced = tuple(replaced)
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
+        self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete = graph.concrete
         self._constants = {n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
@@ -102,9 +103,8 @@ class Replay:
 
     def first_call(self, path: str) -> list[fx.Node]:
         """The ops that a module and those below it made when it was called first, in order."""
-        inside = [n for n in self.ops if path == "" or f"{n.meta['path']}.".startswith(path + ".")]
-        own = sorted({int(n.meta["call"]) for n in inside if n.meta["path"] == path})
-        return [n for n in inside if len(own) < 2 or n.meta["call"] < own[1]]
+        call = next(c for c in self.history if c.path == path)
+        return [n for n in self.ops if n in call]
 
     def position(self, node: fx.Node) -> int | None:
         """Where an op stands among its module's own."""

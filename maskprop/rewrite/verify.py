@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
-from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, not_compiled, trace
 from maskprop.rewrite.reference import Values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
@@ -51,8 +51,7 @@ def fresh_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
         low, high = int(t.min()), int(t.max())
         return torch.randint(low, high + 1, t.shape, generator=generator).to(t)
 
-    made: dict[int, Tensor] = {}  # a tensor that is given twice stays one: the graph reads it in one place
-    found: Inputs = map_tensors(inputs, lambda t: made[id(t)] if id(t) in made else made.setdefault(id(t), fresh(t)))
+    found: Inputs = map_each_once(inputs, fresh)  # the graph reads a tensor that is given twice in one place
     return found
 
 
@@ -63,8 +62,7 @@ def another_batch(inputs: Inputs, dim: int) -> Inputs:
     def longer(t: Tensor) -> Tensor:
         return torch.cat([t, t.narrow(dim, 0, 1)], dim) if t.ndim > dim and t.shape[dim] == sizes[0] else t
 
-    made: dict[int, Tensor] = {}
-    found: Inputs = map_tensors(inputs, lambda t: made[id(t)] if id(t) in made else made.setdefault(id(t), longer(t)))
+    found: Inputs = map_each_once(inputs, longer)
     return found
 
 
