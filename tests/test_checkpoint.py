@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskprop import ModelSpeedup, checkpoint, cli, hf
 from maskprop.checkpoint import Checkpoint, Shards
 from maskprop.errors import LoadError, MetaValueError, SaveError, VerifyError
-from tests.test_hf import MLP, MODELS, Scaled, ScaledConfig, randomise, same
+from tests.test_hf import MODELS, Scaled, ScaledConfig, masks_of, randomise, same
 
 IDS = {"input_ids": torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))}
 
@@ -25,21 +25,6 @@ def dense(name: str, generator: torch.Generator, path: Path, **options: Any) -> 
     model = randomise(MODELS[name](), generator)
     model.save_pretrained(path, **options)
     return model
-
-
-def masks_of(name: str, model: nn.Module, uniform: bool, biases: bool) -> dict[str, Tensor]:
-    """MLP units pruned; with their biases left alone, they leave constants behind."""
-    masks: dict[str, Tensor] = {}
-    for layer in range(3):
-        keep = torch.ones(48)
-        keep[: 8 if uniform else 8 + 4 * layer] = 0
-        for pattern in MLP[name]:
-            parameter = model.get_parameter(pattern.format(layer))
-            if parameter.ndim == 1 and not biases:
-                continue
-            transposed = parameter.ndim == 2 and parameter.shape[0] != 48
-            masks[pattern.format(layer)] = keep if parameter.ndim == 1 or transposed else keep[:, None]
-    return masks
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "by layer"])

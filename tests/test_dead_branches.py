@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maskprop
+from benchmarks.zoo.check import count_parameters, masked_reference
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
+from tests.small import TOLERANCE, error
 
 
 class Residual(nn.Module):
@@ -67,28 +69,13 @@ def transformer() -> nn.Module:
     return randomise(nn.Sequential(PreNorm(), PreNorm(), nn.Linear(16, 3)).eval(), (torch.randn(2, 5, 16),))
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    found = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            found.get_parameter(name).mul_(mask)
-    return found
-
-
 def whole(model: nn.Module, *names: str) -> dict[str, Tensor]:
     return {name: torch.zeros_like(model.get_parameter(name)) for name in names}
 
 
 def check_equal(compact: nn.Module, reference: nn.Module, *shapes: tuple[int, ...]) -> None:
     for shape in shapes:
-        x = torch.randn(shape)
-        with torch.no_grad():
-            want = reference(x)
-            assert float((compact(x) - want).norm() / want.norm()) <= 1e-5
+        assert error(compact, reference, torch.randn(shape)) <= TOLERANCE
 
 
 IMAGES = ((1, 3, 8, 8), (3, 3, 10, 12))
@@ -99,11 +86,11 @@ TOKENS = ((1, 5, 16), (3, 7, 16))
 def test_a_residual_branch_of_convolutions(block: int) -> None:
     model = convolutional()
     masks = whole(model, f"blocks.{block}.conv2.weight")
-    reference, before = masked(model, masks), count(model)
+    reference, before = masked_reference(model, masks), count_parameters(model)
     ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
     check_equal(model, reference, *IMAGES)
     # two convolutions and the inner norm, and the weight of the outer norm, whose bias is the constant
-    assert before - count(model) == 2 * 8 * 12 * 9 + 2 * 12 + 8
+    assert before - count_parameters(model) == 2 * 8 * 12 * 9 + 2 * 12 + 8
     assert type(model.blocks[block]) is Residual
     assert set(model.state_dict()) < set(reference.state_dict())
 
@@ -111,23 +98,23 @@ def test_a_residual_branch_of_convolutions(block: int) -> None:
 def test_a_branch_of_zeros_leaves_nothing() -> None:
     model = convolutional()
     masks = whole(model, "blocks.0.bn2.weight", "blocks.0.bn2.bias")
-    reference, before = masked(model, masks), count(model)
+    reference, before = masked_reference(model, masks), count_parameters(model)
     ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
     check_equal(model, reference, *IMAGES)
-    assert before - count(model) == 2 * 8 * 12 * 9 + 2 * 12 + 2 * 8
+    assert before - count_parameters(model) == 2 * 8 * 12 * 9 + 2 * 12 + 2 * 8
     assert not list(model.blocks[0].parameters())
 
 
 def test_attention_and_mlp_branches() -> None:
     model = transformer()
     masks = whole(model, "0.proj.weight", "1.fc2.weight", "1.fc2.bias")
-    reference, before = masked(model, masks), count(model)
+    reference, before = masked_reference(model, masks), count_parameters(model)
     speedup = ModelSpeedup(model, torch.randn(2, 5, 16), masks)
     speedup.speedup_model()
     check_equal(model, reference, *TOKENS)
     attention = 2 * 16 + (16 + 1) * 48 + 16 * 16  # the projection's bias stays
     mlp = 2 * 16 + (16 + 1) * 32 + (32 + 1) * 16
-    assert before - count(model) == attention + mlp
+    assert before - count_parameters(model) == attention + mlp
     assert set(speedup.report.repair.removed) == {
         *("0.norm1", "0.qkv", "0.proj"),
         *("1.norm2", "1.fc1", "1.fc2"),
@@ -144,10 +131,10 @@ def test_beside_ordinary_pruning() -> None:
     for name in ("0.weight", "0.bias", "1.bn2.weight", "1.bn2.bias"):
         shape = model.get_parameter(name).shape
         masks[name] = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    reference = masked(model, masks)
+    reference = masked_reference(model, masks)
     ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
     check_equal(model, reference, (1, 3, 8, 8), (3, 3, 9, 7))
-    assert count(model) == (3 * 9 + 1) * 5 + 5 + (5 * 9 + 1) * 4
+    assert count_parameters(model) == (3 * 9 + 1) * 5 + 5 + (5 * 9 + 1) * 4
 
 
 def test_a_layer_whose_weight_others_read_stays() -> None:
@@ -161,7 +148,7 @@ def test_a_layer_whose_weight_others_read_stays() -> None:
 
     model = randomise(Reads().eval(), (torch.randn(2, 6),))
     masks = whole(model, "fc2.weight")
-    reference = masked(model, masks)
+    reference = masked_reference(model, masks)
     ModelSpeedup(model, torch.randn(2, 6), masks).speedup_model()
     check_equal(model, reference, (1, 6), (3, 6))
     assert model.fc1.weight.shape == (6, 6)
@@ -178,7 +165,7 @@ def test_a_forward_that_looks_at_what_would_leave_is_left_alone() -> None:
 
     model = randomise(Looks().eval(), (torch.randn(2, 6),))
     masks = whole(model, "fc2.weight")
-    reference = masked(model, masks)
+    reference = masked_reference(model, masks)
     speedup = ModelSpeedup(model, torch.randn(2, 6), masks)
     speedup.speedup_model()
     check_equal(model, reference, (1, 6), (3, 6))
@@ -190,7 +177,7 @@ def test_the_result_lives_on(tmp_path: Path) -> None:
     """It trains, copies, compiles to a graph, stores and loads, and a second run finds nothing."""
     model = transformer()
     masks = whole(model, "0.proj.weight", "1.fc2.weight")
-    reference = masked(model, masks)
+    reference = masked_reference(model, masks)
     x = torch.randn(2, 5, 16)
     ModelSpeedup(model, x, masks).speedup_model()
     check_equal(copy.deepcopy(model), reference, *TOKENS)
@@ -201,9 +188,9 @@ def test_the_result_lives_on(tmp_path: Path) -> None:
     loaded = maskprop.load(tmp_path / "saved", transformer)
     y = torch.randn(3, 7, 16)
     assert torch.equal(loaded.eval()(y), model(y))
-    before = count(model)
+    before = count_parameters(model)
     again = ModelSpeedup(model, x, {name: torch.ones_like(p) for name, p in model.named_parameters()})
     again.speedup_model()
-    assert count(model) == before
+    assert count_parameters(model) == before
     model.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())

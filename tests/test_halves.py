@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.check import masked_reference, relative_error
+from benchmarks.zoo.check import count_parameters, masked_reference
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
 from maskprop._torchvision import import_torchvision
+from tests.small import TOLERANCE, error
 
 import_torchvision()
 from torchvision import models as tv  # noqa: E402
 
-TOLERANCE = 1e-5
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg11_bn": lambda: tv.vgg11_bn(num_classes=10),
     "resnet18": lambda: tv.resnet18(num_classes=10),
@@ -45,9 +45,8 @@ def images(batch: int) -> Tensor:
 
 
 def check_equal(model: nn.Module, expected: nn.Module) -> None:
-    with torch.no_grad():
-        for batch in (1, 3):
-            assert relative_error(model(images(batch)), expected(images(batch))) <= TOLERANCE
+    for batch in (1, 3):
+        assert error(model, expected, images(batch)) <= TOLERANCE
 
 
 def half(size: int) -> int:
@@ -84,7 +83,7 @@ def test_every_other_unit_of_every_layer(name: str) -> None:
                 masks[f"{path}.{key}"] = mask
     expected, count = masked_reference(model, masks), left(model, last)
     ModelSpeedup(model, images(2), masks).speedup_model()
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert count_parameters(model) == count
     check_equal(model, expected)
 
 
@@ -99,9 +98,9 @@ def test_inside_of_shuffled_units() -> None:
                 for key, tensor in branch[layer].named_parameters():
                     masks[f"{path}.{layer}.{key}"] = torch.zeros_like(tensor)
                     masks[f"{path}.{layer}.{key}"][::2] = 1
-    expected, before = masked_reference(model, masks), sum(p.numel() for p in model.parameters())
+    expected, before = masked_reference(model, masks), count_parameters(model)
     ModelSpeedup(model, images(2), masks).speedup_model()
-    assert before - sum(p.numel() for p in model.parameters()) == saved
+    assert before - count_parameters(model) == saved
     check_equal(model, expected)
 
 
@@ -118,7 +117,7 @@ def test_another_half_in_every_layer(name: str) -> None:
         for path, module in model.named_modules()
         if isinstance(module, LAYERS) and path != last
     }
-    expected, before = masked_reference(model, masks), sum(p.numel() for p in model.parameters())
+    expected, before = masked_reference(model, masks), count_parameters(model)
     ModelSpeedup(model, images(2), masks).speedup_model()
-    assert sum(p.numel() for p in model.parameters()) < before
+    assert count_parameters(model) < before
     check_equal(model, expected)

@@ -64,17 +64,25 @@ def randomise(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model.eval()
 
 
-def compact(name: str, generator: torch.Generator, uniform: bool) -> nn.Module:
-    """The model with units of its MLPs gone: as many in every layer, or more with every layer."""
-    model = randomise(MODELS[name](), generator)
+def masks_of(name: str, model: nn.Module, uniform: bool, biases: bool) -> dict[str, Tensor]:
+    """MLP units pruned; with their biases left alone, they leave constants behind."""
     masks: dict[str, Tensor] = {}
     for layer in range(3):
         keep = torch.ones(48)
         keep[: 8 if uniform else 8 + 4 * layer] = 0
         for pattern in MLP[name]:
             parameter = model.get_parameter(pattern.format(layer))
+            if parameter.ndim == 1 and not biases:
+                continue
             transposed = parameter.ndim == 2 and parameter.shape[0] != 48
             masks[pattern.format(layer)] = keep if parameter.ndim == 1 or transposed else keep[:, None]
+    return masks
+
+
+def compact(name: str, generator: torch.Generator, uniform: bool) -> nn.Module:
+    """The model with units of its MLPs gone: as many in every layer, or more with every layer."""
+    model = randomise(MODELS[name](), generator)
+    masks = masks_of(name, model, uniform, biases=True)
     ids = torch.randint(0, 50, (2, 7), generator=generator)
     ModelSpeedup(model, {"input_ids": ids}, masks).speedup_model()
     return model

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maskprop
+from benchmarks.zoo.check import masked_reference, relative_error
 from maskprop import ModelSpeedup
 from maskprop.errors import LoadError
 from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class
@@ -67,18 +68,6 @@ class Folding(nn.Module):
         return self.out(self.join(scores.softmax(-1) @ v, batch))
 
 
-def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    reference = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            reference.get_parameter(name).mul_(mask)
-    return reference
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    return float((a.detach() - b.detach()).norm() / b.detach().norm())
-
-
 def made(kind: type[nn.Module], masks: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
     """A sped-up model, and the masked one; weights large enough that no softmax is uniform."""
     torch.manual_seed(0)
@@ -86,7 +75,7 @@ def made(kind: type[nn.Module], masks: dict[str, Tensor]) -> tuple[nn.Module, nn
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    reference = masked(model, masks)
+    reference = masked_reference(model, masks)
     ModelSpeedup(model, torch.randn(2, 5, WIDTH), masks).speedup_model()
     assert type(model).__mro__[1] is kind
     return model, reference
@@ -105,11 +94,11 @@ def test_other_branches_and_arguments_go_on_working() -> None:
     mask = torch.rand(3, 1, 7, 7) < 0.7
     mask |= torch.eye(7, dtype=torch.bool)
     for arguments in ({}, {"mask": mask}):
-        assert error(model(x, **arguments), reference(x, **arguments)) < 1e-5
+        assert relative_error(model(x, **arguments), reference(x, **arguments)) < 1e-5
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     for part in (x, step):  # the second without a causal mask
-        assert error(model(part, cache=ours), reference(part, cache=theirs)) < 1e-5
+        assert relative_error(model(part, cache=ours), reference(part, cache=theirs)) < 1e-5
     assert [t.shape[-1] for t in ours] == [4, 3]
 
 
@@ -121,7 +110,7 @@ def test_helpers_methods_scales_and_folded_batches(left: int) -> None:
     assert model.qkv.out_features == 3 * HEADS * left
     for batch, length in ((1, 4), (3, 6)):  # a folded batch scales with the batch
         x = torch.randn(batch, length, WIDTH)
-        assert error(model(x), reference(x)) < 1e-5
+        assert relative_error(model(x), reference(x)) < 1e-5
 
 
 def test_they_pickle_copy_train_compile_and_load(tmp_path: Path) -> None:
@@ -154,7 +143,7 @@ def test_twice_is_once_after_the_other(tmp_path: Path) -> None:
         reference.out.weight.mul_(torch.tensor([1.0, 0, 1, 0]).repeat(HEADS))
     x = torch.randn(3, 6, WIDTH)
     assert model.v.out_features == 6
-    assert error(model(x), reference(x)) < 1e-5
+    assert relative_error(model(x), reference(x)) < 1e-5
     maskprop.save(model, tmp_path)
     assert torch.equal(maskprop.load(tmp_path, Attention)(x), model(x))
 

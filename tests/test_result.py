@@ -13,17 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo.check import tensors
+from benchmarks.zoo.check import count_parameters, tensors
 from benchmarks.zoo.specimen import Inputs, call
 from maskprop import ModelSpeedup
 from tests.small import MODELS, TOLERANCE, cast, compact, dense, error, inputs, masked, masks, sped_up
 
 ROOT = Path(__file__).parent.parent
 GENERATED = "generated"  # the only one of the models whose forward holds a number
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def loss(model: nn.Module, value: Inputs) -> Tensor:
@@ -34,7 +30,7 @@ def loss(model: nn.Module, value: Inputs) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_masked_model_at_any_batch(name: str) -> None:
     speedup = sped_up(name)
-    assert count(speedup.model) < count(dense(name))
+    assert count_parameters(speedup.model) < count_parameters(dense(name))
     for batch, stretch in ((1, 0), (3, 0), (5, 4 if name in ("bert", "llama") else 0)):
         value = inputs(name, batch, seed=batch, stretch=stretch)
         assert error(speedup.model, masked(name), value) <= TOLERANCE

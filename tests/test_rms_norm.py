@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo.check import count_parameters, masked_reference
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
+from tests.small import error
 
 ROWS = torch.ones(16)
 ROWS[[0, 3, 4, 5, 9, 15]] = 0
@@ -92,17 +93,11 @@ def compacted(
     for name in names:
         shape = model.get_parameter(name).shape
         masks[name] = ROWS.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    reference = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            reference.get_parameter(name).mul_(mask)
+    reference = masked_reference(model, masks)
     dtype = model.get_parameter(names[0]).dtype
     ModelSpeedup(model, torch.randn(2, 6, dtype=dtype), masks).speedup_model()
     for batch in (1, 5):
-        x = torch.randn(batch, 6, dtype=dtype)
-        with torch.no_grad():
-            want = reference(x)
-            assert float((model(x) - want).norm() / want.norm()) <= tolerance
+        assert error(model, reference, torch.randn(batch, 6, dtype=dtype)) <= tolerance
     return model
 
 
@@ -134,9 +129,9 @@ def test_a_residual_stream() -> None:
     model = compacted(Stream(), names)
     assert model.head.in_features == 10
     assert [n.eps for n in model.norms] == pytest.approx([0.16] * 3)
-    again = sum(p.numel() for p in model.parameters())
+    again = count_parameters(model)
     ModelSpeedup(model, torch.randn(2, 6), {n: torch.ones_like(p) for n, p in model.named_parameters()}).speedup_model()
-    assert sum(p.numel() for p in model.parameters()) == again
+    assert count_parameters(model) == again
 
 
 @pytest.mark.parametrize(

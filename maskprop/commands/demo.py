@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from maskprop.commands import Command
+from maskprop.commands.options import create
 from maskprop.errors import OptionError
 
 
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.epochs < 1:
         raise OptionError(f"--epochs is {arguments.epochs}; give at least 1.")
     if arguments.out is not None:
-        _create(arguments.out)
+        create(arguments.out)
 
     from rich.console import Console
 
@@ -41,16 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
         progress=not arguments.no_progress,
     )
     return 0
-
-
-def _create(out: Path) -> None:
-    """Create the directory before anything takes time."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            f"--out {out}: this directory cannot be created ({error.strerror}). Choose another."
-        ) from error
 
 
 COMMAND = Command(

@@ -10,6 +10,25 @@ from torch import Tensor, nn
 
 from torture import ALL, case, vectors
 
+# The first of three heads of four dims, in the rows of q, k and v, and what then is left.
+HEAD = {
+    "q.weight": ([0, 1, 2, 3],),
+    "q.bias": ([0, 1, 2, 3],),
+    "k.weight": ([0, 1, 2, 3],),
+    "k.bias": ([0, 1, 2, 3],),
+    "v.weight": ([0, 1, 2, 3],),
+    "v.bias": ([0, 1, 2, 3],),
+}
+HEAD_GONE = {
+    "q.weight": (8, 12),
+    "q.bias": (8,),
+    "k.weight": (8, 12),
+    "k.bias": (8,),
+    "v.weight": (8, 12),
+    "v.bias": (8,),
+    "o.weight": (12, 8),
+}
+
 
 def attn(q, k, v, scale):
     return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
@@ -54,23 +73,8 @@ class SqrtShape(nn.Module):
 
 @case(
     vectors(5, 12),
-    {
-        "q.weight": ([0, 1, 2, 3],),
-        "q.bias": ([0, 1, 2, 3],),
-        "k.weight": ([0, 1, 2, 3],),
-        "k.bias": ([0, 1, 2, 3],),
-        "v.weight": ([0, 1, 2, 3],),
-        "v.bias": ([0, 1, 2, 3],),
-    },
-    {
-        "q.weight": (8, 12),
-        "q.bias": (8,),
-        "k.weight": (8, 12),
-        "k.bias": (8,),
-        "v.weight": (8, 12),
-        "v.bias": (8,),
-        "o.weight": (12, 8),
-    },
+    HEAD,
+    HEAD_GONE,
 )
 class DictCfg(nn.Module):
     """sizes in a dict attribute"""
@@ -97,23 +101,8 @@ class Cfg:
 
 @case(
     vectors(5, 12),
-    {
-        "q.weight": ([0, 1, 2, 3],),
-        "q.bias": ([0, 1, 2, 3],),
-        "k.weight": ([0, 1, 2, 3],),
-        "k.bias": ([0, 1, 2, 3],),
-        "v.weight": ([0, 1, 2, 3],),
-        "v.bias": ([0, 1, 2, 3],),
-    },
-    {
-        "q.weight": (8, 12),
-        "q.bias": (8,),
-        "k.weight": (8, 12),
-        "k.bias": (8,),
-        "v.weight": (8, 12),
-        "v.bias": (8,),
-        "o.weight": (12, 8),
-    },
+    HEAD,
+    HEAD_GONE,
 )
 class FrozenCfg(nn.Module):
     def __init__(self) -> None:
@@ -136,23 +125,8 @@ HEADS = 3
 
 @case(
     vectors(5, 12),
-    {
-        "q.weight": ([0, 1, 2, 3],),
-        "q.bias": ([0, 1, 2, 3],),
-        "k.weight": ([0, 1, 2, 3],),
-        "k.bias": ([0, 1, 2, 3],),
-        "v.weight": ([0, 1, 2, 3],),
-        "v.bias": ([0, 1, 2, 3],),
-    },
-    {
-        "q.weight": (8, 12),
-        "q.bias": (8,),
-        "k.weight": (8, 12),
-        "k.bias": (8,),
-        "v.weight": (8, 12),
-        "v.bias": (8,),
-        "o.weight": (12, 8),
-    },
+    HEAD,
+    HEAD_GONE,
 )
 class GlobalConst(nn.Module):
     def __init__(self) -> None:
@@ -173,23 +147,8 @@ class GlobalConst(nn.Module):
 
 @case(
     vectors(5, 12),
-    {
-        "q.weight": ([0, 1, 2, 3],),
-        "q.bias": ([0, 1, 2, 3],),
-        "k.weight": ([0, 1, 2, 3],),
-        "k.bias": ([0, 1, 2, 3],),
-        "v.weight": ([0, 1, 2, 3],),
-        "v.bias": ([0, 1, 2, 3],),
-    },
-    {
-        "q.weight": (8, 12),
-        "q.bias": (8,),
-        "k.weight": (8, 12),
-        "k.bias": (8,),
-        "v.weight": (8, 12),
-        "v.bias": (8,),
-        "o.weight": (12, 8),
-    },
+    HEAD,
+    HEAD_GONE,
 )
 class PropAttr(nn.Module):
     def __init__(self) -> None:

@@ -8,6 +8,21 @@ from torch import Tensor, nn
 
 from torture import ALL, case, images, tokens, vectors
 
+# Two of six hidden units, in the rows of all four gates, and what then is left.
+TWO_OF_SIX = {
+    "l.weight_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
+    "l.weight_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
+    "l.bias_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
+    "l.bias_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
+}
+TWO_OF_SIX_GONE = {
+    "l.weight_ih_l0": (16, 12),
+    "l.weight_hh_l0": (16, 4),
+    "l.bias_ih_l0": (16,),
+    "l.bias_hh_l0": (16,),
+    "o.weight": (3, 4),
+}
+
 
 @case(
     lambda n, g: (torch.randn(n, 5, 12, generator=g), torch.randn(n, 7, 12, generator=g)),
@@ -50,19 +65,8 @@ class MHAKdim(nn.Module):
 
 @case(
     vectors(5, 12),
-    {
-        "l.weight_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.weight_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-    },
-    {
-        "l.weight_ih_l0": (16, 12),
-        "l.weight_hh_l0": (16, 4),
-        "l.bias_ih_l0": (16,),
-        "l.bias_hh_l0": (16,),
-        "o.weight": (3, 4),
-    },
+    TWO_OF_SIX,
+    TWO_OF_SIX_GONE,
 )
 class Lstm(nn.Module):
     def __init__(self) -> None:
@@ -76,19 +80,8 @@ class Lstm(nn.Module):
 
 @case(
     vectors(5, 12),
-    {
-        "l.weight_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.weight_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-    },
-    {
-        "l.weight_ih_l0": (16, 12),
-        "l.weight_hh_l0": (16, 4),
-        "l.bias_ih_l0": (16,),
-        "l.bias_hh_l0": (16,),
-        "o.weight": (3, 4),
-    },
+    TWO_OF_SIX,
+    TWO_OF_SIX_GONE,
 )
 class LstmState(nn.Module):
     def __init__(self) -> None:
@@ -139,12 +132,7 @@ class BiLstm(nn.Module):
 
 @case(
     vectors(5, 12),
-    {
-        "l.weight_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.weight_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_ih_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-        "l.bias_hh_l0": ([0, 1, 6, 7, 12, 13, 18, 19],),
-    },
+    TWO_OF_SIX,
     {},
 )
 class BiLstmOneWay(nn.Module):
