@@ -33,11 +33,11 @@ def couple(inference: Inference, constants: str) -> Coupling:
         elif node.op == "call_function":
             op = inference.op(node)
             c.labels[node] = inference.rule(node).couple(op, [c.labels_of(n) for n in op.inputs], c)
-            if not node.users and inference.graph.concrete:
-                _keep(node, c, "is read where no op shows it")
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _keep(source, c, "is an output of the model")
+        if inference.graph.may_be_read(node):
+            _keep(node, c, "is read where no op shows it")
     return c
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,14 @@ from maskprop.errors import MetaValueError, TraceError
 
 if TYPE_CHECKING:
     import networkx as nx
+
+# These declare a write to running statistics that evaluation mode does not do.
+MUTABLE_STATISTICS = {
+    "aten::native_batch_norm",
+    "aten::cudnn_batch_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::batch_norm_with_update",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Graph:
             nodes; ``node.meta["tensor"]`` is a :class:`TensorMeta` (a tuple of them, with ``None``
             for absent ones, for an op of several results), ``node.meta["path"]`` the module path and
             ``node.meta["call"]`` the running number of that module's call; a ``get_attr`` has its tensor under
-            ``node.meta["state"]``.
+            ``node.meta["state"]``; a node whose value Python read has ``node.meta["read"]``.
         state: tensors behind the ``get_attr`` nodes, by target.
         aliases: other names of the same parameter or buffer -> the name used here.
         concrete: whether real values were computed (the branch taken is then this input's).
@@ -105,6 +114,10 @@ class Graph:
     def ops(self) -> list[Node]:
         """The recorded calls in execution order, without the tuple look-ups."""
         return [n for n in self.fx.nodes if is_op(n)]
+
+    def may_be_read(self, node: Node) -> bool:
+        """Whether Python may have read a value: it did, or it had real ones at hand and no op reads this one."""
+        return "read" in node.meta or (self.concrete and node.op == "call_function" and not node.users)
 
     def value(self, name: str) -> Tensor:
         """The value of a tensor in :attr:`state`, detached; read from elsewhere if the model is on the meta device.
@@ -146,25 +159,50 @@ class Graph:
         """Check the invariants that the later stages rely on.
 
         Raises:
-            TraceError: a node without metadata, an unknown ``get_attr`` target, an op that is not an
-                ATen-style overload, or more or less than one output.
+            TraceError: a node reads what is not made before it, lacks metadata, is neither an input, a tensor of
+                :attr:`state`, an op that leaves its arguments alone nor one result of an op of several; or there
+                is not exactly one output, at the end.
         """
-        self.fx.lint()
+        made: set[Node] = set()
         for node in self.fx.nodes:
-            if node.op == "output":
-                continue
-            if "tensor" not in node.meta:
-                raise TraceError(
-                    f"graph node '{node.name}' ({node.target}) has no tensor metadata. This is a bug in the "
-                    "tracer that built the graph."
-                )
-            if node.op == "get_attr" and node.target not in self.state:
-                raise TraceError(
-                    f"graph node '{node.name}' reads '{node.target}', which is not among the graph's "
-                    "tensors. This is a bug in the tracer."
-                )
-        if sum(n.op == "output" for n in self.fx.nodes) != 1:
-            raise TraceError("the graph must have exactly one output node. This is a bug in the tracer that built it.")
+            wrong = self._problem(node, made)
+            if wrong:
+                raise TraceError(f"graph node '{node.name}' {wrong}. This is a bug in the tracer that built it.")
+            made.add(node)
+        count = sum(n.op == "output" for n in made)
+        if count != 1 or node.op != "output":
+            raise TraceError(
+                f"the graph must end with its one and only output node, and has {count}. This is a bug in the tracer "
+                "that built it."
+            )
+
+    def _problem(self, node: Node, made: set[Node]) -> str:
+        """What is wrong with a node, given those before it."""
+        late = next((n for n in node.all_input_nodes if n not in made), None)
+        if late is not None:
+            return f"reads '{late.name}', which is not made before it"
+        if node.op == "output":
+            return ""
+        missing = [key for key in ("tensor", "path", "call") if key not in node.meta]
+        if missing:
+            return f"({node.target}) has no meta['{missing[0]}']"
+        if node.op == "get_attr":
+            return "" if node.target in self.state else f"reads '{node.target}', which is not among the graph's tensors"
+        if node.op == "placeholder":
+            return ""
+        if node.target is operator.getitem:
+            several, index = node.args
+            metas = several.meta["tensor"] if isinstance(several, Node) else None
+            count = len(metas) if isinstance(metas, tuple) else 0
+            if isinstance(index, int) and 0 <= index < count:
+                return ""
+            return f"takes result {index} of '{several}', which has {count or 'just one'}"
+        if not is_op(node):
+            return f"is a {node.op} of {node.target}, and no torch op"
+        schema = node.target._schema  # type: ignore[union-attr]
+        if schema.is_mutable and schema.name not in MUTABLE_STATISTICS:
+            return f"({node.target}) writes to its argument"
+        return ""
 
     def __str__(self) -> str:
         lines = []

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.decompose import DECOMPOSED
 from maskprop.graph.functional import Value, functional_overload
-from maskprop.graph.graph import Graph, ModuleCall, TensorMeta, is_op
+from maskprop.graph.graph import MUTABLE_STATISTICS, Graph, ModuleCall, TensorMeta, is_op
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
 
@@ -140,14 +140,16 @@ class Recorder(TorchDispatchMode):
                 return DECOMPOSED[schema.name](*args, **kwargs)
         node_args = fx.node.map_aggregate(args, self._to_node)
         node_kwargs = fx.node.map_aggregate(kwargs, self._to_node)
-        if schema.name == "aten::_local_scalar_dense" and not self.graph.concrete:
-            return self._evaluate(node_args[0]).item()
+        if schema.name == "aten::_local_scalar_dense":
+            node_args[0].meta["read"] = True
+            if not self.graph.concrete:
+                return self._evaluate(node_args[0])
         if schema.is_mutable:
             self._note_written(op, args)
         result = op(*args, **kwargs) if self.graph.concrete else run_on_fakes(op, args, kwargs)
         if torch.Tag.inplace_view in op.tags:
             self._record_in_place_view(op, args, node_args, dict(node_kwargs))
-        elif schema.is_mutable and schema.name not in _MUTABLE_STATISTICS:
+        elif schema.is_mutable and schema.name not in MUTABLE_STATISTICS:
             self._record_write(op, args, kwargs, node_args, dict(node_kwargs), result)
         else:
             self._record(op, args, node_args, dict(node_kwargs), result)
@@ -298,8 +300,8 @@ class Recorder(TorchDispatchMode):
 
     # -- values ---------------------------------------------------------------------------------
 
-    def _evaluate(self, node: fx.Node) -> Tensor:
-        """The real value of a node that depends on the model's own tensors only."""
+    def _evaluate(self, node: fx.Node) -> int | float | bool | complex:
+        """The number in a node that depends on the model's own tensors only."""
         from torch._subclasses.fake_tensor import DataDependentOutputException
 
         with torch.utils._python_dispatch._disable_current_modes():
@@ -321,7 +323,7 @@ class Recorder(TorchDispatchMode):
             assert isinstance(result, Tensor)
             if result.is_meta:
                 raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
-            return result
+            return result.item()
 
     def _note_written(self, op: OpOverload, args: Any) -> None:
         """Remember which of the model's own tensors a forward pass writes to."""
@@ -340,15 +342,6 @@ def _real(value: Any) -> Any:
 @functools.cache
 def _takes_tensors(op: OpOverload) -> bool:
     return any("Tensor" in str(a.type) for a in op._schema.arguments)
-
-
-# These declare a write to running statistics that evaluation mode does not do.
-_MUTABLE_STATISTICS = {
-    "aten::native_batch_norm",
-    "aten::cudnn_batch_norm",
-    "aten::_native_batch_norm_legit",
-    "aten::batch_norm_with_update",
-}
 
 
 def _names_of(model: nn.Module) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:

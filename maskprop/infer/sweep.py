@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.errors import UnsupportedOpError
-from maskprop.graph.graph import Graph, shape_of
+from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.infer.facts import Fact, as_double, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule, find_rule
@@ -88,8 +88,8 @@ class Inference:
         """Derive what is needed, from outputs to inputs."""
         self.facts.needed.clear()
         for node in reversed(self.graph.fx.nodes):
-            if self.graph.concrete and not node.users and node.op == "call_function" and not self.op(node).several:
-                self._need(node, _all(node))  # Python may have read its value: no op shows that
+            if self.graph.may_be_read(node) and isinstance(node.meta["tensor"], TensorMeta):
+                self._need(node, _all(node))
             self.update_indirect(node)
 
     def op(self, node: fx.Node) -> Op:
