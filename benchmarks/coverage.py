@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from . import zoo_peer_table
 from .coverage_table import write_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,7 @@ def load_zoo(name: str) -> Any:
 
 def work(zoo: str, name: str, maskings: list[str] | None, skip: list[str], memory_gb: float) -> None:
     """Runs one model under its maskings; prints a JSON line before and after each."""
-    _limit_memory(memory_gb)
+    limit_memory(memory_gb)
     import copy
 
     import torch
@@ -105,7 +106,8 @@ def say(line: Row) -> None:
     print(json.dumps(line), flush=True)
 
 
-def _limit_memory(gigabytes: float) -> None:
+def limit_memory(gigabytes: float) -> None:
+    """Lets this process fail where it would take more."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -272,7 +274,8 @@ def main() -> None:
             arguments.results,
         )
     rows = list(read_results(arguments.results).values())
-    write_table(rows, arguments.table, {zoo: len(load_zoo(zoo)) for zoo in ZOOS})
+    peer = zoo_peer_table.section(zoo_peer_table.read())
+    write_table(rows, arguments.table, {zoo: len(load_zoo(zoo)) for zoo in ZOOS}, peer)
 
 
 if __name__ == "__main__":

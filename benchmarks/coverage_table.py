@@ -29,21 +29,22 @@ counted as elements, tied ones once. Seconds are those of one speedup on a share
 """
 
 
-def write_table(rows: list[Row], path: Path, held: Mapping[str, int] | None = None) -> None:
-    """Writes the page: totals, what needs attention, then every row.
+def write_table(rows: list[Row], path: Path, held: Mapping[str, int] | None = None, beside: Iterable[str] = ()) -> None:
+    """Writes the page: totals, what needs attention, other tools, then every row.
 
     Args:
         rows: of all zoos.
         path: of the page.
         held: how many models each zoo holds.
+        beside: lines about other tools.
     """
     rows = [row for row in rows if row["masking"] != "done" and row["zoo"] != "handmade"]
     rows.sort(key=lambda row: (row["zoo"], row["model"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_page(rows, held or {})) + "\n")
+    path.write_text("\n".join(_page(rows, held or {}, beside)) + "\n")
 
 
-def _page(rows: list[Row], held: Mapping[str, int]) -> Iterable[str]:
+def _page(rows: list[Row], held: Mapping[str, int], beside: Iterable[str]) -> Iterable[str]:
     models = {_model(row) for row in rows}
     exact = [row for row in rows if row["outcome"] == "exact"]
     clean = models - {_model(row) for row in rows if row["outcome"] != "exact"}
@@ -70,6 +71,7 @@ def _page(rows: list[Row], held: Mapping[str, int]) -> Iterable[str]:
     yield from _section("Not exact", [row for row in rows if row["outcome"] != "exact"])
     yield from _generated(exact)
     yield from _kept([row for row in exact if not _smaller(row)])
+    yield from beside
     for zoo in sorted({row["zoo"] for row in rows}):
         yield from _section(zoo, [row for row in rows if row["zoo"] == zoo])
 

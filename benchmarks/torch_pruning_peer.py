@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .zoo.check import masked_reference, relative_error, tensors
 from .zoo.specimen import Inputs, call
+from .zoo.structure import Masks
 
-SECONDS = 60  # of processor time, after which it is taken not to end
+#: What Torch-Pruning did: module, whether its outputs were pruned, which of them.
+History = list[tuple[str, bool, list[int]]]
 
 
 def prune_by_torch_pruning(
@@ -36,47 +38,65 @@ def prune_by_torch_pruning(
         Parameters that are left, and the relative L2 distance of the outputs to those of the masked model: the
         original with every parameter element that left set to zero.
     """
-    import torch_pruning as tp
-
-    original, numbered = copy.deepcopy(model), _numbered(model)
-    with _deadline():
-        pruner = tp.pruner.MetaPruner(
-            model,
-            dummy,
-            importance=tp.importance.MagnitudeImportance(p=1),
-            pruning_ratio=ratio,
-            ignored_layers=_ignored(model, dummy, layer_norms),
-            num_heads=_heads(model),
-            prune_num_heads=True,
-            prune_head_dims=False,
-            head_pruning_ratio=ratio if heads else 0.0,
-            output_transform=_differentiable,
-        )
-        pruner.step()
-    history = pruner.pruning_history()
-    graph = tp.DependencyGraph().build_dependency(
-        numbered,
-        dummy.double() if isinstance(dummy, Tensor) else dummy,
-        output_transform=_differentiable,
-    )
-    graph.load_pruning_history(history)
-    _count_heads(model, pruner.num_heads)
-    reference = masked_reference(original, _masks(original, numbered))
+    original = copy.deepcopy(model)
+    history = prune_told(model, dummy, ratio, heads=heads, layer_norms=layer_norms)
+    reference = masked_reference(original, masks_of(original, dummy, history))
     with torch.no_grad():
         error = relative_error(call(model, dummy), call(reference, dummy))
     return sum(p.numel() for p in model.parameters()), error
 
 
-def _numbered(model: nn.Module) -> nn.Module:
-    """A twin whose parameters hold the position of each of their elements, which pruning carries along."""
-    twin = copy.deepcopy(model).double()
+def prune_told(
+    model: nn.Module, dummy: Inputs, ratio: float, *, heads: bool, layer_norms: bool, seconds: float = 60
+) -> History:
+    """Prunes a model in place, as :func:`prune_by_torch_pruning` says, within seconds of processor time."""
+    ignored = _last(model, dummy)
+    if not layer_norms:  # they keep their whole groups
+        ignored += [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    options = {"num_heads": _heads(model), "prune_num_heads": True, "prune_head_dims": False}
+    options["head_pruning_ratio"] = ratio if heads else 0.0
+    pruner = _prune(model, dummy, ratio, seconds, ignored_layers=ignored, **options)
+    _count_heads(model, pruner.num_heads)
+    history: History = pruner.pruning_history()
+    return history
+
+
+def prune_by_default(model: nn.Module, dummy: Inputs, ratio: float, *, seconds: float = 60) -> History:
+    """Prunes a model in place, told of nothing but its last layer, within seconds of processor time."""
+    history: History = _prune(model, dummy, ratio, seconds, ignored_layers=_last(model, dummy)).pruning_history()
+    return history
+
+
+def _prune(model: nn.Module, dummy: Inputs, ratio: float, seconds: float, **options: Any) -> Any:
+    import torch_pruning as tp
+
+    with _deadline(seconds):
+        pruner = tp.pruner.MetaPruner(
+            model,
+            dummy,
+            importance=tp.importance.MagnitudeImportance(p=1),
+            pruning_ratio=ratio,
+            output_transform=_differentiable,
+            **options,
+        )
+        pruner.step()
+    return pruner
+
+
+def masks_of(original: nn.Module, dummy: Inputs, history: History) -> Masks:
+    """Which parameter elements of a model Torch-Pruning removed, from its history: 1 = left.
+
+    The history is repeated on a twin whose parameters hold the position of each of their elements.
+    """
+    import torch_pruning as tp
+
+    twin = copy.deepcopy(original).double()
     for parameter in twin.parameters():
         parameter.data = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-    return twin
-
-
-def _masks(original: nn.Module, numbered: nn.Module) -> dict[str, Tensor]:
-    kept = dict(numbered.named_parameters())
+    dummy = dummy.double() if isinstance(dummy, Tensor) and dummy.is_floating_point() else dummy
+    graph = tp.DependencyGraph().build_dependency(twin, dummy, output_transform=_differentiable)
+    graph.load_pruning_history(history)
+    kept = dict(twin.named_parameters())
     masks = {}
     for name, parameter in original.named_parameters():
         if kept[name].shape != parameter.shape:
@@ -86,13 +106,17 @@ def _masks(original: nn.Module, numbered: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
-def _ignored(model: nn.Module, dummy: Inputs, layer_norms: bool) -> list[nn.Module]:
-    """The last layer; and, if their axes stay, the layer norms, which keep their whole groups."""
+def _last(model: nn.Module, dummy: Inputs) -> list[nn.Module]:
+    """The last linear layer, where it makes the output."""
     with torch.no_grad():
         width = tensors(call(model, dummy))[0].shape[-1]
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    ignored: list[nn.Module] = [last] if last.out_features == width else []
-    return ignored if layer_norms else ignored + [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return [module for module in last if module.out_features == width]
+
+
+def has_heads(model: nn.Module) -> bool:
+    """Whether there are heads to tell of."""
+    return bool(_heads(model))
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:
@@ -126,12 +150,12 @@ def _differentiable(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _deadline() -> Iterator[None]:
+def _deadline(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise TimeoutError(f"no end in {SECONDS} s")
+        raise TimeoutError(f"no end in {seconds:g} s")
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:

@@ -72,6 +72,7 @@ class Replay:
         """Args: replaced: paths of modules that compute the same in another way; their ops are not compared."""
         self.alignment = alignment
         self.replaced = tuple(replaced)
+        self._new_biases = alignment.plan.new_bias.keys()
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
@@ -134,6 +135,8 @@ class Replay:
             return True
         if node.target is aten.t.default and node.all_input_nodes[0].op == "get_attr":
             return True  # a linear's own weight: with a new bias it is turned later
+        if node.target is aten.add.Tensor and any(str(n.target) in self._new_biases for n in node.all_input_nodes):
+            return True  # a linear of what is not contiguous adds its bias apart
         return bool(self.replaced) and self._inside_replaced(node)
 
     def _inside_replaced(self, node: fx.Node) -> bool:

@@ -236,3 +236,21 @@ class Autocast(nn.Module):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             h = F.relu(self.a(x))
         return self.b(h.float())
+
+
+@case(
+    images(3, 4),
+    {"a.weight": ([0, 1, 4],)},
+    {"a.weight": (5, 3, 1, 1), "a.bias": (5,), "b.weight": (6, 5), "b.bias": (6,)},
+)
+class BiasOfStrided(nn.Module):
+    """a linear layer without a bias reads what is not contiguous: the new bias is an op of its own"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Linear(8, 6, bias=False)
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.b(torch.sigmoid(self.a(x)).flatten(2).transpose(1, 2)))
