@@ -25,11 +25,15 @@ WIDTH, HEADS = 12, 3
 
 
 class Attention(nn.Module):
-    """Query, key and value are cut by one attribute; masks, causality and a cache choose other branches."""
+    """Query, key and value are cut by one attribute; masks, causality and a cache choose other branches.
+
+    What its gate writes in place, nothing reads through the view that was written to.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.head_dim = WIDTH // HEADS
+        self.gate = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def cut(self, y: Tensor) -> Tensor:
@@ -37,6 +41,7 @@ class Attention(nn.Module):
         return y.view(*y.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, cache: list[Tensor] | None = None) -> Tensor:
+        x = x + self.gate(x)
         q, k, v = self.cut(self.q(x)), self.cut(self.k(x)), self.cut(self.v(x))
         if cache is not None:
             cache[:] = k, v = [torch.cat(pair, 2) for pair in zip(cache, (k, v), strict=False)] if cache else [k, v]

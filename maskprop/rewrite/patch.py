@@ -128,6 +128,7 @@ class _Patcher:
                     self.module(*args, **kwargs)
             except Exception as raised:  # compared below
                 error = raised
+        recorder.drop_unread()
         mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
         if mismatch is not None and mismatch.got is not None:
             return mismatch, recorder.frames.get(mismatch.got, [])
