@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import coverage, engine, machine, scaling
+from benchmarks import coverage, engine, machine, scaling, zoo_peer_table
 from benchmarks.coverage_table import write_table
 from benchmarks.engine_table import section
 from benchmarks.subjects import SUBJECTS, half, rows
@@ -134,3 +134,21 @@ def test_coverage_page_merges_the_runs_of_several_zoos(tmp_path: Path) -> None:
     assert "| b | heads | 10 | 6 | 1.0e-07 | 0.1 | **mismatch**: relative error 0.5 |" in page
     assert "| `x.Attention` | a number | a |" in page
     assert "VerifyError" not in page
+
+
+def test_coverage_page_puts_torch_pruning_beside_ours() -> None:
+    row = {"zoo": "timm", "asked": "default", "before": 100, "parameters": 30}
+    ours = {"ours": "exact", "ours_error": 1e-7}
+    rows = [
+        {**row, **ours, "model": "a", "theirs": "right", "error": 1e-7, "after": 30},
+        {**row, **ours, "model": "b", "theirs": "right", "error": 1e-7, "after": 31},
+        {**row, **ours, "model": "c", "theirs": "wrong", "error": 0.4, "after": 50},
+        {**row, "model": "d", "theirs": "fails", "why": "KeyError: 'x'"},
+        {**row, **ours, "model": "d", "asked": "told", "theirs": "right", "error": 1e-7, "after": 29},
+    ]
+    text = "\n".join(zoo_peer_table.section(rows))
+    assert "a model that runs for 3 of 4 models, and one that computes what the\n  masked model does for **2**" in text
+    assert "maskprop, on what it removed: **4 of 4 exact**" in text
+    assert "leaves more parameters than it does in **1 of\n  3** rows, and fewer in 1." in text
+    assert "| timm | d | default | fails: KeyError: 'x' |  | 100 | 30 |  |  |" in text
+    assert not list(zoo_peer_table.section([]))
