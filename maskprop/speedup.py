@@ -414,11 +414,17 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A trace makes many small objects; collections in between walk the whole process and take most of its time."""
+    """A trace makes many small objects; collections in between walk the whole process and take most of its time.
+
+    So does the one that would follow at once: what was made counts as old instead, for the next full collection.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # what a caller froze stays frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,12 +44,17 @@ class TensorMeta:
     def of(cls, tensor: Tensor) -> TensorMeta:
         """The metadata of a tensor."""
         strides = tensor.stride() if tensor.layout is torch.strided else ()
-        order = tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
-        order = () if order == tuple(range(len(strides))) else order
-        return cls(tuple(int(s) for s in tensor.shape), tensor.dtype, tensor.device, order)
+        return _meta(tensor.shape, strides, tensor.dtype, tensor.device)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a model's tensors have few sizes
+def _meta(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> TensorMeta:
+    order = tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
+    order = () if order == tuple(range(len(strides))) else order
+    return TensorMeta(tuple(int(s) for s in shape), dtype, device, order)
 
 
 @dataclass

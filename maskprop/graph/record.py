@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.decompose import DECOMPOSED
@@ -31,6 +32,8 @@ _QUERIES = {
 }
 
 
+_DEVICE = torch.ops.prim.device.default
+
 _Place = tuple[str, int, type]
 
 
@@ -48,10 +51,11 @@ class Recorder(TorchDispatchMode):
         self._values: dict[int, Value] = {}
         self._unread: dict[int, Callable[[], fx.Node]] = {}  # results that nothing has read yet
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
-        self._names, self.graph.aliases = _names_of(model)
+        modules = list(model.named_modules(remove_duplicate=False))
+        self._names, self.graph.aliases = _names_of(modules)
         self._storages = {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
         self._states: dict[str, fx.Node] = {}
-        self._paths = {id(m): name for name, m in reversed(list(model.named_modules()))}
+        self._paths = {id(m): name for name, m in reversed(modules)}  # of several names, the first
         self._stack: list[tuple[str, int]] = [("", 0)]
         self._types: list[type] = [type(model)]
         self._calls = 0
@@ -131,6 +135,8 @@ class Recorder(TorchDispatchMode):
     # -- recording ------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is _DEVICE and isinstance(args[0], FakeTensor):  # asked all the time
+            return args[0].fake_device
         kwargs = kwargs or {}
         schema = op._schema
         if schema.name in _QUERIES:
@@ -138,8 +144,8 @@ class Recorder(TorchDispatchMode):
         if schema.name in DECOMPOSED:
             with self:
                 return DECOMPOSED[schema.name](*args, **kwargs)
-        node_args = fx.node.map_aggregate(args, self._to_node)
-        node_kwargs = fx.node.map_aggregate(kwargs, self._to_node)
+        node_args = tuple(map(self._to_node, args))
+        node_kwargs = {name: self._to_node(arg) for name, arg in kwargs.items()}
         if schema.name == "aten::_local_scalar_dense":
             node_args[0].meta["read"] = True
             if not self.graph.concrete:
@@ -148,11 +154,11 @@ class Recorder(TorchDispatchMode):
             self._note_written(op, args)
         result = op(*args, **kwargs) if self.graph.concrete else run_on_fakes(op, args, kwargs)
         if torch.Tag.inplace_view in op.tags:
-            self._record_in_place_view(op, args, node_args, dict(node_kwargs))
+            self._record_in_place_view(op, args, node_args, node_kwargs)
         elif schema.is_mutable and schema.name not in MUTABLE_STATISTICS:
-            self._record_write(op, args, kwargs, node_args, dict(node_kwargs), result)
+            self._record_write(op, args, kwargs, node_args, node_kwargs, result)
         else:
-            self._record(op, args, node_args, dict(node_kwargs), result)
+            self._record(op, args, node_args, node_kwargs, result)
         return result
 
     def _record(self, op: OpOverload, args: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any) -> None:
@@ -221,7 +227,10 @@ class Recorder(TorchDispatchMode):
     # -- nodes ----------------------------------------------------------------------------------
 
     def _to_node(self, arg: Any) -> Any:
-        return self._node(arg) if isinstance(arg, Tensor) else arg
+        """An argument of an op: a tensor, a plain value, or a list of them."""
+        if isinstance(arg, Tensor):
+            return self._node(arg)
+        return [self._to_node(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
 
     def _node(self, tensor: Tensor) -> fx.Node:
         value = self._values.get(id(tensor))
@@ -344,11 +353,11 @@ def _takes_tensors(op: OpOverload) -> bool:
     return any("Tensor" in str(a.type) for a in op._schema.arguments)
 
 
-def _names_of(model: nn.Module) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
-    """Names of the model's tensors by identity, and which further names mean the same tensor."""
+def _names_of(modules: Sequence[tuple[str, nn.Module]]) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
+    """Names of the modules' tensors by identity, and which further names mean the same tensor."""
     names: dict[int, tuple[str, Tensor]] = {}
     aliases: dict[str, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in modules:
         dot = prefix + "." if prefix else ""
         for group in (module._parameters, module._buffers, module.__dict__):
             for key, tensor in group.items():

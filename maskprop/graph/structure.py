@@ -28,9 +28,11 @@ def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> An
     """Rebuild ``value`` with ``fn`` applied to each tensor that :func:`tensors_in` finds."""
     if isinstance(value, kind):
         return fn(value)
+    if type(value) is tuple:
+        return tuple([map_tensors(v, fn, kind) for v in value])
+    if type(value) is dict:
+        return {k: map_tensors(v, fn, kind) for k, v in value.items()}
     if isinstance(value, Mapping):
-        if type(value) is dict:
-            return {k: map_tensors(v, fn, kind) for k, v in value.items()}
         rebuilt: Any = copy.copy(value)
         for key, child in value.items():
             rebuilt[key] = map_tensors(child, fn, kind)

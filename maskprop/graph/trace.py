@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -205,10 +206,11 @@ def _no_mkldnn() -> Iterator[None]:
 @contextmanager
 def frozen_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
-    before = []
+    before: list[tuple[Any, Any]] = []
     for module in model.modules():
-        tables: list[Any] = [module.__dict__, *(v for v in module.__dict__.values() if type(v) in (dict, set))]
-        before.append([(table, table.copy()) for table in tables])
+        attributes = module.__dict__
+        before.append((attributes, attributes.copy()))
+        before += [(table, table.copy()) for table in attributes.values() if type(table) in (dict, set)]
         if module.training:
             module.__dict__["training"] = False
     written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
@@ -219,12 +221,16 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
             for buffer, version, content in written:
                 if buffer._version != version:
                     buffer.copy_(content)
-        for saved in before:
-            for table, old in saved:
-                if table != old if isinstance(table, set) else not _same(table, old):
-                    table.clear()
-                    table.update(old)
+        for table, old in before:
+            if table != old if isinstance(table, set) else not _same(table, old):
+                table.clear()
+                table.update(old)
 
 
 def _same(table: dict[str, Any], old: dict[str, Any]) -> bool:
-    return len(table) == len(old) and all(k in old and old[k] is v for k, v in table.items())
+    """Whether a table holds the same objects in the same order."""
+    return (
+        len(table) == len(old)
+        and all(map(operator.is_, table.values(), old.values()))
+        and all(map(operator.is_, table, old))
+    )

@@ -59,6 +59,13 @@ def weight_place(node: fx.Node) -> tuple[str, bool] | None:
     return None
 
 
+def is_weight(node: fx.Node) -> bool:
+    """Whether a value is one of the model's own tensors, at most transposed or cast."""
+    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int, *_CASTS):
+        (node,) = node.all_input_nodes
+    return node.op == "get_attr"
+
+
 def _alone(node: fx.Node) -> bool:
     return len(node.users) == 1
 

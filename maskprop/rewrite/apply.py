@@ -76,8 +76,9 @@ def compact_tensor(plan: Plan, name: str, tensor: Tensor, masks: Mapping[str, Te
         data = tensor.detach()
         sliced = plan.slice(name, data) if name in plan.keep else data
         if name in masks:
-            mask = _sliced_mask(plan, name, masks[name].to(data.device), data)
-            sliced = torch.where(mask.bool(), sliced, torch.zeros((), dtype=sliced.dtype, device=sliced.device))
+            mask = _sliced_mask(plan, name, masks[name].to(data.device), data).bool()
+            if mask.is_meta or not bool(mask.all()):
+                sliced = torch.where(mask, sliced, torch.zeros((), dtype=sliced.dtype, device=sliced.device))
         for add in plan.add:
             if add.name == name:
                 sliced = _added(sliced, add.value, add.axis, add.at)

@@ -3,7 +3,8 @@
 Algebra, as boolean products over the summed axis k (nz = may be non-zero, known = known):
 
 * ``unknown = nz(a) @ nz(b) - (nz(a) & known(a)) @ (nz(b) & known(b)) > 0``;
-* ``needed(a)[m, k] = any_n needed(y)[m, n] & nz(b)[k, n]``;
+* ``needed(a)[m, k] = any_n needed(y)[m, n] & nz(b)[k, n]``, and likewise for ``b`` unless it is a weight, which
+  counts as needed;
 * a unit k may leave where every term ``a[m, k] * b[k, n]`` that a needed result reads is a known zero, or where
   ``a``'s unit is a known constant that a bias or a carrier can stand for;
 * rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves.
@@ -20,7 +21,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Contraction, Coupling, Labels
 from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
 from maskprop.infer.op import Op
-from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.places import bias_place, is_weight, weight_place
 from maskprop.infer.rules.convolution import unit_constants
 from maskprop.infer.rules.pointwise import broadcast_labels
 from maskprop.infer.rules.registry import Rule, evaluate, register
@@ -110,7 +111,10 @@ class MatMul(Rule):
         found = [needed[0]] * len(facts)
         # where both factors are zero, one of them has to stay so: the first
         into_a = bool_matmul(read, ~zero_b) | (bool_matmul(read, zero_b) & a.zero)
-        into_b = bool_matmul(nz_a, read) | any_over(y & average, [y.ndim - 2])
+        if is_weight(op.inputs[o.b]):  # large, and nothing asks which of its elements are needed
+            into_b = torch.ones((1,) * y.ndim, dtype=torch.bool)
+        else:
+            into_b = bool_matmul(nz_a, read) | any_over(y & average, [y.ndim - 2])
         found[o.a] = into_a.squeeze(-2) if o.row else into_a
         found[o.b] = into_b.squeeze(-1) if o.column else into_b
         if o.bias is not None:
