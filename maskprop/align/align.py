@@ -61,6 +61,7 @@ def align(
     constants: str = "exact",
     channel_multiple: int = 1,
     extra_pins: tuple[Pin, ...] = (),
+    even: frozenset[str] = frozenset(),
 ) -> Alignment:
     """Solve for what leaves and lay out what stays.
 
@@ -69,8 +70,9 @@ def align(
         constants: ``"exact"``, ``"fold"`` (constants in biases only, borders approximate) or ``"drop"``.
         channel_multiple: keep a multiple of this many units along every shrunk axis.
         extra_pins: labels that stay for reasons found later (labels are numbered the same in every walk).
+        even: names of nodes whose equal parts must stay equal, as found later.
     """
-    c = couple(inference, constants)
+    c = couple(inference, constants, even)
     c.pins += extra_pins
     states = {
         str(n.target): n

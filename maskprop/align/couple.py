@@ -11,16 +11,18 @@ from maskprop.infer.coupling import Coupling
 from maskprop.infer.sweep import Inference
 
 
-def couple(inference: Inference, constants: str) -> Coupling:
+def couple(inference: Inference, constants: str, even: frozenset[str] = frozenset()) -> Coupling:
     """Labels of every value and the relations between them.
 
     Args:
         inference: after its sweeps.
         constants: ``"exact"``, ``"fold"`` or ``"drop"``.
+        even: see :class:`maskprop.infer.coupling.Coupling`.
     """
     facts = inference.facts
     c = Coupling(
         constants=constants,
+        even=even,
         facts=facts.known,
         needed=facts.needed,
     )

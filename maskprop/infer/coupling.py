@@ -102,10 +102,14 @@ class Coupling:
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
         nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
         multiples: label arrays of axes that must keep a multiple of some number of units.
+        even: names of nodes whose equal parts must stay equal.
+        uneven: names of nodes that cut an axis into equal parts which may become unequal.
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
     """
 
     constants: str = "exact"
+    even: frozenset[str] = frozenset()
+    uneven: set[str] = field(default_factory=set)
     size: int = 0
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     triples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -241,16 +245,24 @@ class Coupling:
                 labels = first
         return labels
 
-    def chunks(self, labels: Sequence[Tensor | None], axis: int, count: int) -> None:
-        """The axis is cut into ``count`` equal parts: each must keep equally many units."""
+    def chunks(self, labels: Sequence[Tensor | None], axis: int, count: int) -> bool:
+        """The axis is cut into ``count`` equal parts: each must keep equally many units, if this node is :attr:`even`.
+
+        Returns:
+            Whether they must.
+        """
         if labels[axis] is None or count <= 1:
-            return
+            return True
+        if self.node not in self.even:
+            self.uneven.add(self.node)
+            return False
 
         def cut(a: Tensor) -> Tensor:
             return a.unflatten(axis, (count, -1)) if a.shape[axis] > 1 else a.unsqueeze(axis)
 
         parts = [moved(a, cut) for a in labels]
         self.regulars.append(Regular((*parts[:axis], None, *parts[axis:]), axis + 1))
+        return True
 
     def regular(self, labels: Sequence[Tensor | None], axis: int) -> None:
         """A ragged axis: at every kept position of the other axes it keeps equally many units."""

@@ -58,9 +58,10 @@ class Patch:
 
     Attributes:
         place: where.
-        kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced) or
-            ``"number"`` (the number that meets a tensor in an expression is replaced).
-        at: sizes and argument: how many arguments stand before; a name for a keyword argument.
+        kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced),
+            ``"parts"`` (an axis is split into parts of other sizes) or ``"number"`` (the number that meets a tensor in
+            an expression is replaced).
+        at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument.
         value: sizes: ``(axis, numerator, denominator)`` each; else what comes in its place.
     """
 
@@ -412,6 +413,8 @@ class _Rewrite(ast.NodeTransformer):
                 node.args = [self._instead(a) for a in node.args]
         elif isinstance(node, ast.Call) and patch.kind == "argument":
             self._set_argument(node)
+        elif isinstance(node, ast.Call) and patch.kind == "parts":
+            self._set_parts(node)
         elif isinstance(node, ast.Call) and isinstance(patch.at, int):
             node.args[patch.at :] = self._scaled(node.args[patch.at :])
         return ast.copy_location(node, self.target)
@@ -430,6 +433,15 @@ class _Rewrite(ast.NodeTransformer):
             call.args[at] = value
         else:
             call.keywords = [k for k in call.keywords if k.arg != at] + [ast.keyword(at, value)]
+
+    def _set_parts(self, call: ast.Call) -> None:
+        """``chunk(3, dim)`` or ``split(4, dim)`` becomes ``split((4, 4, 2), dim)``."""
+        assert isinstance(self.patch.at, int)
+        if isinstance(call.func, ast.Attribute):
+            call.func.attr = "split"
+        first = len(call.args) > self.patch.at
+        call.args[self.patch.at : self.patch.at + first] = [_constant(self.patch.value)]
+        call.keywords = [k for k in call.keywords if k.arg in ("dim", "input", "tensor")]
 
     def _instead(self, value: ast.expr) -> ast.expr:
         number = _constant(self.patch.value)

@@ -156,7 +156,7 @@ class _Patcher:
                 _sizes_of(mismatch.got) if mismatch.got is not None else frames[0].evaluate(expression.args[before:])
             )
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
-        if name in ("split", "split_with_sizes", "tensor_split") and isinstance(expression, ast.Call):
+        if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
         scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
@@ -190,7 +190,7 @@ class _Patcher:
             raise NoSource("parts that nothing reads")
         sizes = tuple(s[axes[0]] for s in planned)
         before = 1 if self._is_function(place, expression) else 0
-        return Patch(place, "argument", before, sizes[0] if len(set(sizes)) == 1 else sizes)
+        return Patch(place, "parts", before, sizes)
 
     def _is_function(self, place: Place, call: ast.Call) -> bool:
         """Whether a call's receiver is a module such as ``torch``, not a tensor."""

@@ -89,6 +89,7 @@ class Repair:
             RewriteError: no plan could be followed.
         """
         pins: list[Pin] = []
+        even: frozenset[str] = frozenset()
         mark = self.edits.mark()
         for _ in range(MAX_SOLVES):
             self.generated.clear()
@@ -109,8 +110,9 @@ class Repair:
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
             self.edits.rollback(mark)
-            more = self._pins(alignment, replay, mismatch)
-            if not more:
+            parts = self._uneven(alignment, replay, mismatch)
+            more = [] if parts else self._pins(alignment, replay, mismatch)
+            if not parts and not more:
                 raise RewriteError(
                     f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be "
                     "kept instead explains it. "
@@ -118,7 +120,8 @@ class Repair:
                 )
             self.pinned.append(str(mismatch))
             pins += more
-            alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins))
+            even |= parts
+            alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins), even)
         raise RewriteError(
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
@@ -247,6 +250,13 @@ class Repair:
         return any(old != new for old, new in itertools.chain(shapes, *map(replay.around, replay.ops_of(path))))
 
     # -- giving up ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _uneven(alignment: Alignment, replay: Replay, mismatch: Mismatch) -> frozenset[str]:
+        """Ops of the class at fault whose equal parts became unequal: those shall stay equal before anything else."""
+        kind = None if mismatch.op is None else mismatch.op.meta["module"]
+        cuts = [n for n in replay.ops if n.meta["module"] is kind and n.name in alignment.coupling.uneven]
+        return frozenset(n.name for n in cuts if any(old != new for old, new in replay.around(n)))
 
     def _pins(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> list[Pin]:
         """Pin what leaves at the op at fault, and at the same op in the other modules of its class.

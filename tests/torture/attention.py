@@ -196,3 +196,71 @@ class GQAEnable(nn.Module):
         n, t, _c = x.shape
         q, k, v = (p(x).view(n, t, -1, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+@case(
+    vectors(5, 12),
+    {"o.weight": (ALL, [0, 1, 5, 6, 8, 11])},
+    {"qkv.weight": (30, 12), "qkv.bias": (30,), "o.weight": (12, 6)},
+)
+class FusedChunk(nn.Module):
+    """Values with fewer dims than queries and keys: the chunks come out unequal"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.o = nn.Linear(12, 12)
+        self.heads, self.dims = 3, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (p.view(n, t, -1, self.dims).transpose(1, 2) for p in (q, k, v))
+        o = attn(q, k, v, 0.5).transpose(1, 2).contiguous()
+        return self.o(o.view(n, t, -1))
+
+
+@case(
+    vectors(5, 12),
+    {"o.weight": (ALL, [0, 1, 2, 3, 8, 9, 10, 11])},
+    {"qkv.weight": (24, 12), "qkv.bias": (24,), "o.weight": (12, 8)},
+)
+class SlicesAtHalf(nn.Module):
+    """Grouped queries that happen to take half of a fused axis: a query head of each group leaves, no key does"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 32)
+        self.o = nn.Linear(16, 12)
+        self.heads, self.shared, self.dims = 4, 2, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        qkv = self.qkv(x)
+        end, more = self.heads * self.dims, self.shared * self.dims
+        q, k, v = qkv[..., :end], qkv[..., end : end + more], qkv[..., end + more :]
+        q, k, v = (p.view(n, t, -1, self.dims).transpose(1, 2) for p in (q, k, v))
+        groups = self.heads // self.shared
+        k, v = (p[:, :, None].expand(n, self.shared, groups, t, self.dims).flatten(1, 2) for p in (k, v))
+        return self.o(attn(q, k, v, 0.5).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(
+    vectors(5, 12),
+    {"o.weight": (ALL, [0, 1, 2, 3, 8, 9, 10, 11])},
+    {"qkv.weight": (16, 12), "qkv.bias": (16,), "o.weight": (12, 8)},
+)
+class MultiQuery(nn.Module):
+    """One key and one value head stand behind the query heads, and are looked up from the end"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 24)
+        self.o = nn.Linear(16, 12)
+        self.heads, self.dims = 4, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        qkv = self.qkv(x).view(n, t, self.heads + 2, self.dims)
+        q, k, v = (p.transpose(1, 2) for p in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
+        return self.o(attn(q, k, v, 0.5).transpose(1, 2).reshape(n, t, self.heads * self.dims))

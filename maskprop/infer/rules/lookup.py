@@ -15,6 +15,7 @@ from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.steps import Pick, Step, move_back, move_fact
 
 aten = torch.ops.aten
 
@@ -78,6 +79,12 @@ class _Lookup(Rule):
         """Looked-up axes of the source and where the index's axes stand in the result; ``None`` if unclear."""
         raise NotImplementedError
 
+    def _steps(self, op: Op) -> list[Step] | None:
+        """What looking up constant places along one axis comes down to; ``None`` for other indices."""
+        plan, (_, *indices) = self._plan(op), op.inputs
+        places = constant_places(indices[0]) if len(indices) == 1 else None
+        return None if plan is None or not places else [Pick(op.shapes[0], plan[0][0], places)]
+
     def _axes(self, op: Op) -> list[int | None] | None:
         """For each result axis, the source axis that it is, or ``None`` for an index axis."""
         plan = self._plan(op)
@@ -94,9 +101,11 @@ class _Lookup(Rule):
         return t.reshape([1 if a is None else next(sizes) for a in axes])
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        axes, fact = self._axes(op), facts[0]
+        axes, fact, steps = self._axes(op), facts[0], self._steps(op)
         if all(f.total for f in facts):
             return evaluate(op, facts)
+        if steps is not None:
+            return move_fact(fact, steps)
         if axes is None or fact.nothing:
             return Fact.unknown(len(op.shape))
         looked = [i for i in range(len(op.shapes[0])) if i not in axes]
@@ -105,9 +114,11 @@ class _Lookup(Rule):
         return Fact.zeros(self._pass(all_over(fact.zero, looked), axes))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        axes, n = self._axes(op), needed[0]
+        axes, n, steps = self._axes(op), needed[0], self._steps(op)
         found = super().needed(op, facts, needed)
-        if axes is not None:
+        if steps is not None:
+            found[0] = move_back(n, steps)
+        elif axes is not None:
             n = any_over(n, [i for i, a in enumerate(axes) if a is None])
             sizes = [1] * len(op.shapes[0])
             for i, a in enumerate(axes):
@@ -120,6 +131,8 @@ class _Lookup(Rule):
         axes, source = self._axes(op), labels[0]
         for array in labels[1:]:
             c.pin_all(array, "is used as an index")
+        for step in self._steps(op) or ():
+            return step.couple(source, c)
         if axes is None:
             c.pin_all(source, "is indexed in a mixed order")
             return [None] * len(op.shape)
@@ -128,6 +141,16 @@ class _Lookup(Rule):
             c.pin(source[i], "is looked up by index")
         passing = [None if a is None else c.uniform(source[a], looked) for a in axes]
         return [moved(a, lambda t: self._pass(t, axes)) for a in passing]
+
+
+def constant_places(index: fx.Node) -> tuple[int, ...] | None:
+    """The numbers of an index that ``forward`` holds as a list; ``None`` for any other."""
+    while index.target is aten.lift_fresh.default:
+        index = index.all_input_nodes[0]
+    state = index.meta.get("state") if "lifted" in index.meta else None
+    if state is None or state.is_meta or state.ndim != 1 or state.dtype != torch.int64:
+        return None
+    return tuple(state.tolist())
 
 
 def looked_up(indices: Sequence[fx.Node | None]) -> tuple[list[int], int] | None:

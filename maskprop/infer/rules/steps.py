@@ -121,8 +121,8 @@ class Expand(Step):
 class Slice(Step):
     """A part of an axis.
 
-    Halves stay halves, since their bounds are usually computed from the size. Other bounds follow the units before
-    them; whether ``forward`` can express that, the replay tells.
+    Its bounds follow the units before them; whether ``forward`` can express that, the replay tells. Where it cannot,
+    halves stay halves, since their bounds are usually computed from the size.
     """
 
     src: Shape
@@ -155,17 +155,20 @@ class Slice(Step):
         return out
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
-        dim, size, bounds = self.dim, self.src[self.dim], (self.start, self.stop)
+        dim, size = self.dim, self.src[self.dim]
         if self.dst == self.src:
             return labels
         if self.pins or self.step != 1:
             c.pin(labels[dim], self.pins or f"is cut at {self.start}:{self.stop}:{self.step} of {size}")
-        elif size % 2 == 0 and bounds in ((0, size // 2), (size // 2, size)):
-            c.chunks(labels, dim, 2)
-        elif self.start:  # of a ragged axis, the slice starts after as many units everywhere
+        elif not (self._is_half and c.chunks(labels, dim, 2)) and self.start:  # of a ragged axis, the slice starts after as many units everywhere
             before = Slice(self.src, dim, 0, self.start)
             c.regular([moved(a, before.move) for a in labels], dim)
         return self._moved(labels, c)
+
+    @property
+    def _is_half(self) -> bool:
+        middle, odd = divmod(self.src[self.dim], 2)
+        return not odd and (self.start, self.stop) in ((0, middle), (middle, 2 * middle))
 
     def _moved(self, labels: Labels, c: Coupling) -> Labels:
         out = [moved(a, self.move) for a in labels]
@@ -186,6 +189,41 @@ class Part(Slice):
         if self.parts and self.start == 0:
             c.chunks(labels, self.dim, self.parts)
         return self._moved(labels, c)
+
+
+@dataclass(frozen=True)
+class Pick(Step):
+    """Units at constant places of an axis. Those stay, and so do the units that their places are counted past."""
+
+    src: Shape
+    dim: int
+    places: Shape
+
+    @property
+    def dst(self) -> Shape:  # type: ignore[override]
+        return (*self.src[: self.dim], len(self.places), *self.src[self.dim + 1 :])
+
+    def move(self, t: Tensor) -> Tensor:
+        return t if t.shape[self.dim] == 1 else t.index_select(self.dim, torch.tensor(self._indices))
+
+    def back(self, t: Tensor) -> Tensor:
+        shape = list(t.shape)
+        shape[self.dim] = self.src[self.dim]
+        out = torch.zeros(shape, dtype=torch.bool)
+        for i, place in enumerate(self._indices):
+            out.select(self.dim, place).logical_or_(t.select(self.dim, i if t.shape[self.dim] > 1 else 0))
+        return out
+
+    def couple(self, labels: Labels, c: Coupling) -> Labels:
+        own, before = labels[self.dim], 1 + max(self.places)
+        for start, count in ((0, before), (min(self.places), -min(self.places))):
+            if own is not None and count > 0:
+                c.pin(own.narrow(self.dim, start, count), "is looked up at a constant place, or counted on the way there")
+        return [None if i == self.dim else moved(a, self.move) for i, a in enumerate(labels)]
+
+    @property
+    def _indices(self) -> list[int]:
+        return [place % self.src[self.dim] for place in self.places]
 
 
 @dataclass(frozen=True)
@@ -236,11 +274,11 @@ def move_fact(fact: Fact, steps: Sequence[Step]) -> Fact:
 
 def _row_axis(step: Step, axis: int | None) -> int | None:
     """Where the axis whose elements sum to one goes."""
-    if axis is None or isinstance(step, (Slice, Roll)):
-        untouched = axis is not None and (
-            getattr(step, "dim", None) != axis if isinstance(step, Slice) else axis not in getattr(step, "dims", ())
-        )
-        return axis if untouched else None
+    if axis is None:
+        return None
+    if isinstance(step, (Slice, Pick, Roll)):
+        touched = step.dims if isinstance(step, Roll) else (step.dim,)
+        return None if axis in touched else axis
     if isinstance(step, Permute):
         return step.order.index(axis)
     if isinstance(step, Expand):
