@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import maskprop
 from maskprop.graph.record import Recorder
@@ -131,7 +131,8 @@ class _Patcher:
         recorder.drop_unread()
         mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
         if mismatch is not None and mismatch.got is not None:
-            return mismatch, recorder.frames.get(mismatch.got, [])
+            constant = self.replay.maker(mismatch.got, mismatch.actual)
+            return mismatch, recorder.frames.get(constant or mismatch.got, [])
         return mismatch, [] if error is None else recorder.raised_at(error)
 
     def _patch(self, mismatch: Mismatch, frames: Frames) -> Patch:
@@ -158,6 +159,8 @@ class _Patcher:
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
+        if name == "tensor" and isinstance(mismatch.wanted, Tensor) and mismatch.wanted.numel() == 1:
+            return Patch(place, "argument", 0, mismatch.wanted.tolist())
         scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
             return Patch(place, "number", 0, scalars[0])

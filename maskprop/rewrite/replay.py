@@ -248,12 +248,25 @@ class Replay:
                 found.append(number_at(node, i))
         return found
 
+    def maker(self, node: fx.Node, constant: Any) -> fx.Node | None:
+        """The op by which a constant of ``forward`` that an op reads came to be."""
+        for source in node.all_input_nodes:
+            if isinstance(constant, Tensor) and self._constant(source) is constant:
+                return _through_layout(source)
+        return None
+
     def _constant(self, node: fx.Node) -> Tensor | None:
         """The value of a constant of ``forward``, read through ops that do not change it."""
-        while node.target in _LAYOUT and node.all_input_nodes:
-            node = node.all_input_nodes[0]
+        node = _through_layout(node)
         found = self._constants.get(node) if "lifted" in node.meta else None
         return None if found is None or found.is_meta else found  # on the meta device shapes have to do
+
+
+def _through_layout(node: fx.Node) -> fx.Node:
+    """What a value was before it was only laid out otherwise."""
+    while node.target in _LAYOUT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None, strict: bool) -> bool:

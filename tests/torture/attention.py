@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -264,3 +265,25 @@ class MultiQuery(nn.Module):
         qkv = self.qkv(x).view(n, t, self.heads + 2, self.dims)
         q, k, v = (p.transpose(1, 2) for p in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
         return self.o(attn(q, k, v, 0.5).transpose(1, 2).reshape(n, t, self.heads * self.dims))
+
+
+@case(
+    vectors(5, 12),
+    {f"{name}.{part}": ([0, 2, 4, 6, 8, 10],) for name in "qkv" for part in ("weight", "bias")},
+    {f"{name}.weight": (6, 12) for name in "qkv"} | {f"{name}.bias": (6,) for name in "qkv"} | {"o.weight": (12, 6)},
+)
+class SizeInTensor(nn.Module):
+    """The scale is the root of a tensor that is made from a size"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = (p(x).view(n, t, 3, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scale = torch.sqrt(torch.tensor(q.size(-1), dtype=torch.float) * 3)
+        return self.o(attn(q * 3, k, v, 1 / scale).transpose(1, 2).reshape(n, t, -1))
