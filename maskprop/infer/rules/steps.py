@@ -160,7 +160,9 @@ class Slice(Step):
             return labels
         if self.pins or self.step != 1:
             c.pin(labels[dim], self.pins or f"is cut at {self.start}:{self.stop}:{self.step} of {size}")
-        elif not (self._is_half and c.chunks(labels, dim, 2)) and self.start:  # of a ragged axis, the slice starts after as many units everywhere
+        elif (
+            not (self._is_half and c.chunks(labels, dim, 2)) and self.start
+        ):  # of a ragged axis, the slice starts after as many units everywhere
             before = Slice(self.src, dim, 0, self.start)
             c.regular([moved(a, before.move) for a in labels], dim)
         return self._moved(labels, c)
@@ -218,7 +220,9 @@ class Pick(Step):
         own, before = labels[self.dim], 1 + max(self.places)
         for start, count in ((0, before), (min(self.places), -min(self.places))):
             if own is not None and count > 0:
-                c.pin(own.narrow(self.dim, start, count), "is looked up at a constant place, or counted on the way there")
+                c.pin(
+                    own.narrow(self.dim, start, count), "is looked up at a constant place, or counted on the way there"
+                )
         return [None if i == self.dim else moved(a, self.move) for i, a in enumerate(labels)]
 
     @property
