@@ -17,6 +17,7 @@ import argparse
 import copy
 import fnmatch
 import json
+import math
 import os
 import subprocess
 import sys
@@ -89,8 +90,9 @@ def compare(specimen: Specimen, model: nn.Module, asked: str, prune: Prune) -> I
     try:
         with torch.no_grad():
             pairs = [(call(pruned, x), call(reference, x)) for x in specimen.fresh_inputs()]
-        row["error"] = max(relative_error(a, b) for a, b in pairs)
-        row["theirs"] = "right" if row["error"] <= TOLERANCE else "wrong"
+        error = max(relative_error(a, b) for a, b in pairs)
+        row["theirs"] = "right" if error <= TOLERANCE else "wrong"
+        row |= {"error": error} if math.isfinite(error) else {"why": "outputs of another shape, or not finite"}
     except Exception as error:
         row |= {"theirs": "breaks", "why": _text(error)}
     yield say(row)

@@ -117,7 +117,7 @@ def _select_step(shape: Shape, dim: int, index: int, pins: str) -> list[Step]:
 
 def _select(op: Op) -> list[Step]:
     (dim,) = _dims(op)
-    return _select_step(op.shapes[0], dim, op.arg("index"), "one index is selected along this axis")
+    return _select_step(op.shapes[0], dim, op.arg("index"), "has one index selected along this axis")
 
 
 def _unbind(op: Op) -> list[list[Step]]:
