@@ -102,24 +102,43 @@ def _counts(title: str, rows: list[Row], key: Callable[[Row], str]) -> Iterable[
     yield ""
 
 
+#: What stands where a generated forward differs from the author's.
+CHANGES = {
+    "computed": "a size or a scale that is computed from what changed, as in `C // self.num_heads`",
+    "literal": "a number that stands in the code",
+    "whole": "one that is no single expression: the whole forward was traced and written anew",
+}
+
+
 def _generated(exact: list[Row]) -> Iterable[str]:
     """The classes that needed a generated forward, with the reason and the models that hold them."""
     reasons: dict[str, str] = {}
     holders: dict[str, set[str]] = {}
+    changed: dict[str, dict[str, str]] = {}
     for row in exact:
-        for kind, reason in row.get("extra", {}).get("generated", {}).items():
+        extra = row.get("extra", {})
+        for kind, reason in extra.get("generated", {}).items():
             reasons.setdefault(kind, reason)
             holders.setdefault(kind, set()).add(row["model"])
+            if "changed" in extra:
+                changed.setdefault(kind, {}).update(extra["changed"][kind] or {"": "whole"})
     yield f"## Generated forwards: {len(reasons)}"
     yield ""
-    yield "Classes whose `forward` holds a number, or computes a size or a scale from what changed, so that no"
-    yield "attribute could be set instead; with the first op that the author's own forward gets wrong."
+    yield "Classes whose author's `forward` cannot be mended by setting an attribute, because it holds"
+    yield ""
+    for change, meaning in CHANGES.items():
+        count = sum(change in parts.values() for parts in changed.values())
+        yield f"* {meaning}: {count} classes;"
+    yield ""
+    yield "with the expressions that were changed, and the first op that the author's own forward gets wrong."
     yield ""
     if reasons:
-        yield "| class | because of | in |"
-        yield "|---|---|---|"
+        yield "| class | changed | because of | in |"
+        yield "|---|---|---|---|"
     for kind, reason in sorted(reasons.items()):
-        yield f"| `{kind}` | {_cell(reason)} | {', '.join(sorted(holders[kind]))} |"
+        parts = changed.get(kind, {})
+        cell = "; ".join(f"{change}: `{_cell(text)}`" if text else change for text, change in parts.items())
+        yield f"| `{kind}` | {cell} | {_cell(reason)} | {', '.join(sorted(holders[kind]))} |"
     yield ""
 
 

@@ -118,9 +118,13 @@ def test_coverage_page_merges_the_runs_of_several_zoos(tmp_path: Path) -> None:
         "seconds": 0.1,
         "how": "modules",
     }
+    extra = {
+        "generated": {"x.Attention": "a number", "x.Other": "another"},
+        "changed": {"x.Attention": {"y.view(4, -1)": "literal"}, "x.Other": {}},
+    }
     first = [
         {**row, "zoo": "timm", "model": "a", "outcome": "refused", "detail": "VerifyError: no"},
-        {**row, "zoo": "timm", "model": "a", "extra": {"generated": {"x.Attention": "a number"}}},  # run again
+        {**row, "zoo": "timm", "model": "a", "extra": extra},  # run again
         {"zoo": "timm", "model": "a", "masking": "done", "outcome": "exact"},
     ]
     second = [{**row, "zoo": "hf", "model": "b", "outcome": "mismatch", "detail": "relative error 0.5"}]
@@ -132,7 +136,9 @@ def test_coverage_page_merges_the_runs_of_several_zoos(tmp_path: Path) -> None:
     assert "1 of 2 speedups are exact; 1 of those removed parameters." in page
     assert "**Silent mismatches: 1.** Not exact, for whatever reason: 1." in page
     assert "| b | heads | 10 | 6 | 1.0e-07 | 0.1 | **mismatch**: relative error 0.5 |" in page
-    assert "| `x.Attention` | a number | a |" in page
+    assert "| `x.Attention` | literal: `y.view(4, -1)` | a number | a |" in page
+    assert "| `x.Other` | whole | another | a |" in page
+    assert "* a number that stands in the code: 1 classes;" in page
     assert "VerifyError" not in page
 
 

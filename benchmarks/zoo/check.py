@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import time
 import warnings
@@ -90,8 +91,10 @@ class Result:
         seconds: spent in the speedup.
         how: how the model was rewritten, from the report.
         detail: the error, or what differs, or why nothing left.
-        extra: ``generated`` (author's class -> what needed a generated forward), ``opaque`` (ops that
-            nothing is known about), ``pinned`` (repairs that failed), ``concrete`` (traced on values).
+        extra: ``generated`` (author's class -> what needed a generated forward), ``changed`` (author's class ->
+            each expression that was changed -> whether it is ``literal`` or ``computed``; empty where the whole
+            forward was generated), ``opaque`` (ops that nothing is known about), ``pinned`` (repairs that failed),
+            ``concrete`` (traced on values).
     """
 
     outcome: str
@@ -195,17 +198,50 @@ def check_specimen(specimen: Specimen, model: nn.Module, masks: Masks, **options
 
 def _rewriting(model: nn.Module, report: Any) -> dict[str, Any]:
     """What the report says about how a model was rewritten, classes instead of paths."""
-    generated = {}
+    generated: dict[str, str] = {}
+    changed: dict[str, dict[str, str]] = {}
     for where, reason in report.repair.generated.items():
-        author = type(model.get_submodule(where)).__mro__[1]
-        generated[f"{author.__module__}.{author.__qualname__}"] = reason
+        kind = type(model.get_submodule(where))
+        author = f"{kind.__mro__[1].__module__}.{kind.__mro__[1].__qualname__}"
+        generated[author] = reason
+        changed.setdefault(author, {}).update(_changed(kind))
     facts = {
         "generated": generated,
+        "changed": changed,
         "opaque": sorted(report.opaque),
         "pinned": list(report.repair.pinned),
         "concrete": report.concrete,
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _changed(kind: Any) -> dict[str, str]:
+    """The author's expressions in which numbers were changed; whether those stand there or are computed."""
+    from maskprop.rewrite.authored import expression_at
+
+    found = {}
+    for patch in getattr(kind, "generated_patches", ()):
+        expression = expression_at(kind, patch.place)
+        names = [n for part in _parts(expression, patch) for n in ast.walk(part) if isinstance(n, ast.Name)]
+        found[ast.unparse(expression)] = "computed" if names else "literal"
+    return found
+
+
+def _parts(expression: Any, patch: Any) -> list[ast.AST]:
+    """What a patch changes of an expression; all of it where the number is not written as an argument."""
+    if patch.kind == "number":
+        operands = [expression.left, expression.right] if isinstance(expression, ast.BinOp) else []
+        operands += [expression.value] if isinstance(expression, ast.AugAssign) else []
+        operands += expression.args if isinstance(expression, ast.Call) else []
+        return [part for part in operands if isinstance(part, ast.Constant)] or [expression]
+    if isinstance(patch.at, str):
+        return [expression]
+    sizes = expression.args[patch.at :]
+    if isinstance(sizes[0], ast.Tuple | ast.List):
+        sizes = sizes[0].elts
+    if patch.kind == "argument":
+        return list(sizes[:1])
+    return [sizes[axis] if axis < len(sizes) else expression for axis, _, _ in patch.value]
 
 
 def _variation(reference: nn.Module, inputs: Inputs, fresh: list[Inputs]) -> float:
