@@ -302,3 +302,15 @@ def test_leaks_are_masked_at_the_consumer() -> None:
     model, x = build("residual")
     removal = prune_half(prunable_groups(model, x), lambda g: True)
     assert "head" not in removal.masks  # relu keeps zeros: nothing to hide there
+
+
+def test_a_shared_trace_is_one_of_its_inputs_alone() -> None:
+    """A speedup that is handed a trace still checks at another batch size."""
+    model, x = build("residual")
+    tracer = prunable_groups(model, x).tracer
+    assert callable(tracer)
+    first = next(n for n in tracer(model, ((x,), {})).fx.nodes if n.op == "placeholder")
+    assert tuple(first.meta["tensor"].shape) == tuple(x.shape)
+    larger = torch.cat([x, x])
+    second = next(n for n in tracer(model, ((larger,), {})).fx.nodes if n.op == "placeholder")
+    assert tuple(second.meta["tensor"].shape) == tuple(larger.shape)

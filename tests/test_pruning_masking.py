@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch.nn.utils import parametrize, prune
 from maskprop import ModelSpeedup
 from maskprop.errors import MaskingError, MaskShapeError
 from maskprop.pruning import (
+    ADMMPruner,
+    AGPPruner,
     L1NormPruner,
     LinearPruner,
+    LotteryTicketPruner,
+    MovementPruner,
+    Pruner,
+    Schedule,
     applied_masks,
     apply_masks,
     masked_state_dict,
@@ -121,60 +128,112 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(other.eval()(X), model(X))
 
 
-def test_under_amp() -> None:
-    model = network()
-    _, masks = L1NormPruner(model, 0.5, dummy_input=X).compress()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with torch.amp.autocast("cpu", dtype=torch.bfloat16):
-        loss = F.cross_entropy(model(X), Y)
-    loss.backward()
-    optimizer.step()
-    assert bool((model[0].weight[~masks["0"]["weight"].reshape(-1)] == 0).all())
+# What changes masks while a model trains: made on the plain model, and driven by one call a step.
+DRIVERS: dict[str, Callable[[nn.Module], Schedule | Pruner]] = {
+    "linear": lambda m: LinearPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "agp": lambda m: AGPPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "lottery": lambda m: LotteryTicketPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "admm": lambda m: ADMMPruner(m, 0.5, dummy_input=X, rho=0.1),
+    "movement": lambda m: MovementPruner(m, 0.5, dummy_input=X, cooldown_begin_step=2),
+}
 
 
-def test_under_compile() -> None:
+def drive(
+    model: nn.Module,
+    driver: Schedule | Pruner,
+    forward: Callable[[Tensor], Tensor],
+    rows: slice = slice(None),
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Three steps of a training loop."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    scaler = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.amp.autocast("cpu", dtype=torch.bfloat16, enabled=scaler.is_enabled()):
+            loss = F.cross_entropy(forward(X[rows]), Y[rows])
+        if isinstance(driver, ADMMPruner):
+            loss = loss + driver.penalty()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if isinstance(driver, MovementPruner):  # reads gradients
+            driver.step()
+        scaler.step(optimizer)
+        scaler.update()
+        if not isinstance(driver, MovementPruner):
+            driver.step()
+
+
+def assert_half_leaves(model: nn.Module, driver: Schedule | Pruner) -> None:
+    _, masks = driver.compress()
+    model.eval()
+    masked = model(X).detach()
+    driver.unwrap_model()
+    assert not any(parametrize.is_parametrized(m) for m in model.modules())
+    ModelSpeedup(model, X, masks).speedup_model()
+    assert (model[0].out_channels, model[3].out_channels) == (4, 3)
+    assert (model(X) - masked).norm() <= 1e-5 * masked.norm()
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_under_amp(name: str) -> None:
     model = network()
-    schedule = LinearPruner(L1NormPruner(model, 0.5, dummy_input=X), interval_steps=1, total_times=2)
-    compiled = torch.compile(model, backend="aot_eager")
-    before = compiled(X)
-    schedule.step()
-    schedule.step()
-    assert not torch.equal(compiled(X), before)
-    torch.testing.assert_close(compiled(X), model(X))
+    driver = DRIVERS[name](model)
+    drive(model, driver, model, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert model[0].weight.dtype == torch.float32
+    assert_half_leaves(model, driver)
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_under_compile(name: str) -> None:
+    """Compiled once, the model follows every change of the masks."""
+    model = network()
+    driver = DRIVERS[name](model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    twin = network()
+    uncompiled = DRIVERS[name](twin)
+    drive(model, driver, compiled)
+    drive(twin, uncompiled, twin)
+    for (key, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=key)
+    torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-5)
     with pytest.raises(MaskingError, match="the model is wrapped in OptimizedModule"):
-        apply_masks(compiled, schedule.masks)  # type: ignore[arg-type]
+        apply_masks(compiled, {"0.bias": torch.ones(8)})  # type: ignore[arg-type]
+    assert_half_leaves(model, driver)
 
 
 def _two_processes(rank: int, port: int, directory: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    model = network()
-    schedule = LinearPruner(L1NormPruner(model, 0.5, dummy_input=X), interval_steps=1, total_times=2)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.parameters(), 0.05)
-    for _ in range(3):
-        optimizer.zero_grad()
-        part = slice(3 * rank, 3 * rank + 3)
-        F.cross_entropy(wrapped(X[part]), Y[part]).backward()
-        optimizer.step()
-        schedule.step()
-    refused = ""
-    try:
-        apply_masks(wrapped, schedule.masks)
-    except MaskingError as error:
-        refused = str(error)
-    torch.save({"state": model.state_dict(), "refused": refused}, f"{directory}/{rank}.pt")
+    found: dict[str, Any] = {}
+    for name, make in DRIVERS.items():
+        model = network()
+        driver = make(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        drive(model, driver, wrapped, slice(3 * rank, 3 * rank + 3))
+        refused = ""
+        try:
+            apply_masks(wrapped, driver.masks)
+        except MaskingError as error:
+            refused = str(error)
+        found[name] = {"state": model.state_dict(), "refused": refused, "masks": driver.compress()[1]}
+    torch.save(found, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_under_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes that see different data keep the same weights and choose the same masks."""
     port = 20000 + hash(str(tmp_path)) % 20000
     mp.spawn(_two_processes, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert "is wrapped in DistributedDataParallel" in first["refused"]
-    trained = [k for k in first["state"] if "running" not in k]
-    assert all(torch.equal(first["state"][k], second["state"][k]) for k in trained)
-    mask = first["state"]["0.parametrizations.weight.0.mask"]
-    assert int(mask.sum()) == 4
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name in DRIVERS:
+        first, second = (found[name] for found in both)
+        assert "is wrapped in DistributedDataParallel" in first["refused"]
+        trained = [k for k in first["state"] if "running" not in k]
+        assert all(torch.equal(first["state"][k], second["state"][k]) for k in trained), name
+        masks = {(path, key): mask for path, own in first["masks"].items() for key, mask in own.items()}
+        assert int(masks["0", "weight"].sum()) == 4
+        assert all(torch.equal(mask, second["masks"][path][key]) for (path, key), mask in masks.items()), name
 
 
 def test_errors_change_nothing() -> None:

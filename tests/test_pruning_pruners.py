@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from maskprop import ModelSpeedup
 from maskprop import pruning as mp
 from maskprop.errors import OptionError, RatioError, ScoreError
 from maskprop.pruning import measure
+from maskprop.pruning.movement import Gate
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -132,11 +134,81 @@ def test_movement_needs_gradients_and_uses_them() -> None:
         model.zero_grad()
         loss(model, batch).backward()
         pruner.step()
-    weight = model[0].weight.detach().double()
-    gradient = sum(torch.autograd.grad(loss(model, b), model[0].weight)[0].double() for b in DATA)
-    torch.testing.assert_close(
-        pruner.score(pruner.groups["0"]), -(weight * gradient).flatten(1).sum(1), rtol=1e-4, atol=1e-7
-    )
+    weight = model[3].weight.detach().double()  # which reads the units of "0"
+    gradient = sum(torch.autograd.grad(loss(model, b), model[3].weight)[0].double() for b in DATA)
+    expected = -(weight * gradient).sum((0, 2, 3))
+    torch.testing.assert_close(pruner.score(pruner.groups["0"]), expected, rtol=1e-4, atol=1e-7)
+
+
+def fine_tune(model: nn.Module, pruner: mp.MovementPruner, target: Callable[[Tensor], Tensor], steps: int) -> None:
+    """Regression: the output is to follow a function of the four hidden units, which are the inputs."""
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.05)
+    for step in range(steps):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.mse_loss(model(x), target(x)).backward()
+        pruner.step()
+        optimizer.step()
+
+
+def passing() -> nn.Sequential:
+    """Units 0 and 1 are small and 2 and 3 large where they are read."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[0].bias.zero_()
+        model[1].weight.copy_(torch.tensor([[0.2, 0.2, 1.0, 1.0]]))
+    return model
+
+
+def test_movement_keeps_what_grows() -> None:
+    """Where fine-tuning wants the small units, movement keeps them, and magnitude does not."""
+    model = passing()
+    pruner = mp.MovementPruner(model, 0.5, dummy_input=torch.zeros(1, 4), warmup_step=2, cooldown_begin_step=10)
+    fine_tune(model, pruner, lambda x: x[:, :1] + x[:, 1:2], 30)
+    assert pruner.share == 1.0
+    gate = mp.applied_masks(model)["1.weight"]
+    assert gate.tolist() == [[True, True, False, False]]
+    hidden = model[1].parametrizations["weight"].original.detach()[0, 2:]
+    assert bool((model[1].weight[0, 2:] == 0).all())
+    assert bool((hidden.abs() > 0.1).all())  # as it was when it was hidden
+    assert pruner.prune().parts["0"].tolist() == [False, False, True, True]
+    assert mp.L1NormPruner(passing(), 0.5, dummy_input=torch.zeros(1, 4), score=by_reader).prune().parts[
+        "0"
+    ].tolist() == [True, True, False, False]
+    _, masks = pruner.compress()
+    assert not any(isinstance(m, Gate) for m in model.modules())
+    assert set(masks) == {"0"}
+
+
+def by_reader(group: mp.Group) -> Tensor:
+    return torch.stack([group.rows(m).abs().sum(1) for m in group.members if m.consumes]).sum(0)
+
+
+def test_movement_brings_back() -> None:
+    """What is hidden goes on learning how much it is missed."""
+    model = passing()
+    pruner = mp.MovementPruner(model, 0.5, dummy_input=torch.zeros(1, 4), cooldown_begin_step=1)
+    fine_tune(model, pruner, lambda x: x[:, :1] + x[:, 1:2], 4)
+    assert mp.applied_masks(model)["1.weight"].tolist() == [[True, True, False, False]]
+    fine_tune(model, pruner, lambda x: 3 * x[:, 2:3] + 3 * x[:, 3:], 40)
+    assert mp.applied_masks(model)["1.weight"].tolist() == [[False, False, True, True]]
+
+
+def test_movement_has_its_own_schedule() -> None:
+    with pytest.raises(OptionError, match="warmup_step is 5 and cooldown_begin_step 5; the first is at least 0"):
+        mp.MovementPruner(network(), 0.5, dummy_input=X, warmup_step=5, cooldown_begin_step=5)
+    with pytest.raises(OptionError, match=r"is a schedule of its own\. Leave it out"):
+        mp.AGPPruner(mp.MovementPruner(network(), 0.5, dummy_input=X, cooldown_begin_step=5))
+    model = network()
+    pruner = mp.MovementPruner(model, 0.5, dummy_input=X)
+    schedule = mp.LinearPruner(pruner, total_times=2)
+    for batch in DATA:
+        model.zero_grad()
+        loss(model, batch).backward()
+        pruner.step()
+        schedule.step()
+    assert units_kept(schedule) == 7
 
 
 def test_admm_draws_weights_to_their_projection() -> None:
@@ -313,17 +385,23 @@ def test_nni_pruners_that_train_first() -> None:
         ModelSpeedup(model, X, masks).speedup_model()
 
 
-def test_nni_schedule() -> None:
+@pytest.mark.parametrize(("name", "after_one"), [("LinearPruner", 7), ("AGPPruner", 6), ("LotteryTicketPruner", 7)])
+def test_nni_schedules(name: str, after_one: int) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     evaluator = mp.TorchEvaluator(training_func, optimizer, training_step, dummy_input=X)
     sub_pruner = mp.TaylorPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], evaluator, training_steps=1)
     before = model[0].weight.detach().clone()
-    scheduled = mp.AGPPruner(sub_pruner, interval_steps=2, total_times=3)
+    scheduled = getattr(mp, name)(sub_pruner, interval_steps=2, total_times=3)
+    kept = []
+    update = sub_pruner.update
+    sub_pruner.update = lambda share: kept.append(int(update(share)["0"]["weight"].sum())) or sub_pruner.masks
     _, masks = scheduled.compress(max_steps=2 * 3, max_epochs=None)
     assert (scheduled.steps, scheduled.times) == (6, 3)
+    assert (kept[0], kept[-1]) == (after_one, 4)
     assert int(masks["0"]["weight"].sum()) == 4
-    assert not torch.equal(scheduled.unwrap_model(bake=False)[0].weight, before)
+    rewound = torch.equal(scheduled.unwrap_model(bake=False)[0].weight, before)
+    assert rewound == (name == "LotteryTicketPruner")
 
 
 def test_nni_training_time_in_epochs() -> None:
@@ -336,13 +414,15 @@ def test_nni_training_time_in_epochs() -> None:
     assert masks
 
 
-def test_nni_quickstart() -> None:
+@pytest.mark.parametrize("name", ["L1NormPruner", "L2NormPruner", "FPGMPruner", "LevelPruner"])
+def test_nni_quickstart(name: str) -> None:
     config_list = [
         {"op_types": ["Linear", "Conv2d"], "exclude_op_names": ["7"], "sparse_ratio": 0.5},
     ]
     model = network()
-    pruner = mp.L1NormPruner(model, config_list)
+    pruner = getattr(mp, name)(model, config_list)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     ModelSpeedup(model, torch.rand(3, 3, 8, 8), masks).speedup_model()
-    assert model[0].weight.shape[0] < 8
+    assert (model[0].weight.shape[0] < 8) == (name != "LevelPruner")  # which masks single weights
+    assert sum(int((~m.bool()).sum()) for m in masks["3"].values()) > 0

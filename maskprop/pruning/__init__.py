@@ -18,6 +18,7 @@ from maskprop.pruning.masking import (
     plain_state_dict,
     remove_masks,
 )
+from maskprop.pruning.movement import MovementPruner
 from maskprop.pruning.nni import TorchEvaluator, trace
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.pruners import (
@@ -30,7 +31,6 @@ from maskprop.pruning.pruners import (
     L2NormPruner,
     LAMPPruner,
     LevelPruner,
-    MovementPruner,
     OBDPruner,
     RandomPruner,
     SlimPruner,

@@ -64,7 +64,9 @@ class _Discovery:
         self.counts: csc_matrix = _sorted(csc_matrix(self._incidence(owned) @ self.reach))
         self.consumed = consumed_axes(structure.graph)
         self.parameters = {name for name, _ in structure.model.named_parameters(remove_duplicate=False)}
-        self.kinds = _Kinds(structure)
+        made = [n in self.parameters and (n, axis) not in self.consumed for n, axis, _ in structure.owned]
+        has_producer = np.asarray(self.counts[np.flatnonzero(made)].sum(0)).reshape(-1) > 0
+        self.kinds = _Kinds(structure, set(structure.units[has_producer].tolist()))
 
     def groups(self) -> list[Group]:
         slots = self._slots()
@@ -177,7 +179,7 @@ class _Discovery:
         numbers = torch.from_numpy(np.sort(rank.reshape(len(slots), -1), 1))
         numbers = numbers[numbers[:, 0].argsort()]
         members = self._members(units, arrays)
-        if not members:  # units of buffers alone
+        if all(m.consumes for m in members):  # units of buffers, or that only a repetition makes
             return None
         kind = self.kinds.of(self.s.units[units[0]])
         producer = next((m for m in members if not m.consumes and m.units.ndim > 1), members[0])
@@ -218,10 +220,15 @@ class _Discovery:
 
 
 class _Kinds:
-    """What a unit is, by the ops that its labels meet."""
+    """What a unit is, by the ops that its labels meet.
 
-    def __init__(self, s: Structure) -> None:
-        self.s = s
+    Args:
+        s: the structure.
+        free: units that some parameter makes and that can leave by themselves.
+    """
+
+    def __init__(self, s: Structure, free: set[int]) -> None:
+        self.s, self.free = s, free
         triples = s.base.triples
         self.outer_of: dict[int, set[int]] = defaultdict(set)
         self.inner_of: dict[int, set[int]] = defaultdict(set)
@@ -244,7 +251,6 @@ class _Kinds:
         self.dims = set(triples[inside, 2].tolist()) - self.heads
         self.parents: dict[int, int] = dict(zip(triples[:, 2].tolist(), triples[:, 1].tolist(), strict=True))
         self.children: dict[int, int] = dict(zip(triples[:, 1].tolist(), triples[:, 2].tolist(), strict=True))
-        self.free = set(s.units.tolist())
 
     def of(self, unit: int) -> str:
         unit = int(unit)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from maskprop.errors import GroupError
 from maskprop.graph.graph import Graph
-from maskprop.graph.trace import Inputs, Tracer
+from maskprop.graph.structure import tensors_in
+from maskprop.graph.trace import Inputs, Tracer, trace
 from maskprop.rewrite.edits import tensor_of
 
 if TYPE_CHECKING:
@@ -258,16 +259,21 @@ class Groups(Sequence[Group]):
     def tracer(self) -> Tracer:
         """Hands the trace on: ``ModelSpeedup(model, dummy_input, masks, tracer=groups.tracer)``.
 
+        Inputs of other shapes, with which a speedup checks a generated forward, are traced anew.
+
         Raises:
             GroupError: the groups were found without a trace.
         """
-        graph = self.graph
-        if graph is None:
+        structure = self.structure
+        if structure is None:
             raise GroupError(
                 "these groups were found without a dummy input, so there is no trace to hand on. Use "
                 "ModelSpeedup's own tracer."
             )
-        return lambda model, inputs: graph
+        known = _shapes(structure.inputs)
+        return lambda model, inputs: (
+            structure.graph if _shapes(inputs) == known else trace(model, inputs, structure.tracer)
+        )
 
     def to_dict(self, indices: bool = True) -> dict[str, Any]:
         """Plain data of all groups."""
@@ -322,3 +328,7 @@ class Groups(Sequence[Group]):
         from maskprop.pruning.picture import draw_groups
 
         draw_groups(self, Path(path))
+
+
+def _shapes(inputs: Inputs) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(tensor.shape)) for name, tensor in tensors_in(inputs)]

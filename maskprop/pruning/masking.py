@@ -57,7 +57,7 @@ def apply_masks(model: nn.Module, masks: MasksLike) -> None:
         already.
         MaskError: the masks do not fit.
     """
-    _refuse_wrappers(model)
+    refuse_wrappers(model)
     before = applied_masks(model)
     found = _load(model, masks)
     for name in found:
@@ -102,7 +102,7 @@ def remove_masks(model: nn.Module, *, bake: bool = True) -> dict[str, dict[str, 
     Raises:
         MaskingError: the model is wrapped or compiled.
     """
-    _refuse_wrappers(model)
+    refuse_wrappers(model)
     found: dict[str, dict[str, Tensor]] = {}
     for name, mask in applied_masks(model).items():
         path, _, key = name.rpartition(".")
@@ -213,7 +213,12 @@ def _set_mask(module: nn.Module, key: str, mask: Tensor) -> None:
         holder.mask = mask.clone()
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise for what is wrapped for several processes or compiled.
+
+    Raises:
+        MaskingError: it is.
+    """
     wrapper = find_wrapper(model)
     if wrapper is not None:
         raise MaskingError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskprop.errors import OptionError, RatioError, ScoreError
+from maskprop.errors import OptionError, RatioError
 from maskprop.pruning import scores
 from maskprop.pruning.choose import choose
 from maskprop.pruning.config import Config
@@ -197,64 +196,6 @@ class LevelPruner(Pruner):
                 weight = chosen[name][0]
                 masks.setdefault(path, {})[key] = part.reshape(weight.shape).to(weight.device)
         return masks
-
-
-class MovementPruner(Pruner):
-    """Units whose weights move towards zero (Sanh et al., Movement Pruning, 2020, arXiv:2005.07683).
-
-    The training loop calls :meth:`step` after each ``backward()``, before gradients are cleared; the score
-    of a unit
-    is the sum of ``-weight * gradient`` over the steps. With an NNI evaluator :meth:`compress` trains first.
-
-    Args:
-        model, config, evaluator, training_steps, options: see :class:`Pruner`.
-        warmup_step: steps at the start that do not count.
-        cooldown_begin_step: steps from here on do not count.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Config = 0.5,
-        evaluator: Any = None,
-        warmup_step: int = 0,
-        cooldown_begin_step: int | None = None,
-        training_steps: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, config, evaluator, training_steps, **options)
-        self._sums = {name: torch.zeros(group.parts, dtype=torch.float64) for name, (group, _) in self.plan.items()}
-        self._counted = range(warmup_step, sys.maxsize if cooldown_begin_step is None else cooldown_begin_step)
-        self._steps = self._seen = 0
-
-    def train(self, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-        """With an NNI evaluator: train, and watch the weights move."""
-        if self.evaluator is not None:
-            steps = self.training_steps if max_steps is None and max_epochs is None else max_steps
-            self.evaluator.train(self.model, steps, max_epochs, before_step=self.step)
-
-    def step(self) -> None:
-        """Read the gradients of this step."""
-        self._steps += 1
-        if self._steps - 1 not in self._counted:
-            return
-        self._seen += 1
-        weights = named_weights(self.model)
-        for name, (group, _) in self.plan.items():
-            for member in group.producers:
-                parameter = weights[member.name]
-                if parameter.grad is not None:
-                    product = -(parameter.detach() * parameter.grad.detach())
-                    self._sums[name] += group.rows(member, product).double().sum(1).cpu()
-
-    def score(self, group: Group) -> Tensor:
-        """The accumulated movement of a group's units."""
-        if not self._seen:
-            raise ScoreError(
-                "MovementPruner has seen no gradient. Call pruner.step() after each backward() while the "
-                "model trains, then compress()."
-            )
-        return self._sums[group.name]
 
 
 class ADMMPruner(Pruner):

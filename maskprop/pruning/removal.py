@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskprop.align.solve import Solution
+from maskprop.align.solve import Bools, Solution
 from maskprop.errors import GroupError
 from maskprop.pruning.groups import Group, Groups, Member
 from maskprop.pruning.structure import Cost
@@ -90,13 +90,13 @@ def _solve(groups: Groups, parts: Mapping[str, Tensor]) -> Solution:
 
 
 def _add(masks: NestedMasks, member: Member, gone: Tensor) -> None:
-    keep = ~_gone(member, gone)
+    keep = ~hidden_elements(member, gone)
     key = member.name.rpartition(".")[2]
     own = masks.setdefault(member.path, {})
     own[key] = keep if key not in own else own[key] & keep
 
 
-def _gone(member: Member, parts: Tensor) -> Tensor:
+def hidden_elements(member: Member, parts: Tensor) -> Tensor:
     """Which places along a member's axis belong to parts that leave; of the shape of ``member.units``."""
     return parts[member.units.clamp_min(0)] & (member.units >= 0)
 
@@ -126,6 +126,14 @@ def _leaks(groups: Groups) -> set[tuple[str, int]]:
             for g in groups
             for m in g.members
             if m.consumes
-            and bool(flagged[structure.base.groups_of(labels[m.name, m.axis])][_gone(m, tested[g.name]).numpy()].any())
+            and bool(
+                flagged[structure.base.groups_of(labels[m.name, m.axis])][
+                    hidden_elements(m, tested[g.name]).numpy()
+                ].any()
+            )
         }
     return structure.leaks
+
+
+def _any(flags: Bools, where: Tensor) -> bool:
+    return bool(flags[where.numpy()].any())

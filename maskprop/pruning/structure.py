@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from maskprop.align.align import Alignment
 from maskprop.align.couple import couple
 from maskprop.align.plan import Plan
-from maskprop.align.solve import Bools, Ints, Solution, never_empty, regularity
+from maskprop.align.solve import Bools, Ints, Solution, multiples, never_empty, regularity
 from maskprop.graph.graph import Graph, TensorMeta, is_op, shape_of
 from maskprop.graph.trace import Inputs, Tracer, trace
 from maskprop.infer.coupling import Coupling
@@ -46,7 +46,7 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> None:
-        self.model = model
+        self.model, self.inputs, self.tracer = model, inputs, tracer
         self.graph: Graph = trace(model, inputs, tracer)
         parameters = list(model.parameters())
         self._total = sum(p.numel() for p in parameters)
@@ -90,7 +90,8 @@ class Structure:
         s.solve(
             {
                 "regular": regularity(self.coupling.regulars),
-                "not empty": never_empty([labels for *_, labels in self.owned]),
+                "not empty": never_empty([*(labels for *_, labels in self.owned), *self.coupling.nonempty]),
+                "multiple": multiples(self.coupling.multiples),
             }
         )
         return s

@@ -230,10 +230,10 @@ class _Generator:
             sizes = [s[dim] for s in shapes if s is not None]
             equal = len(set(sizes)) == 1 and want.target is not aten.split_with_sizes.default
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
-        elif name == "getitem":
+        elif name in ("getitem", "setitem"):
             items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
             made = tuple(self._mend_slice(item, env) if isinstance(item, slice) else item for item in items)
-            node.args = (node.args[0], made)
+            node.args = (node.args[0], made, *node.args[2:])
         else:
             scalars = self.replay.numbers(want)
             numbers = [
