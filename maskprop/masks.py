@@ -155,7 +155,8 @@ def prune_masks_removed(model: nn.Module) -> Iterator[None]:
 def _read(path: Path) -> MaskDict:
     """The content of a file of masks, on the CPU."""
     if not path.is_file():
-        raise MaskFileError(f"masks file '{path}': there is no such file. Check the path.")
+        missing = "that is a directory" if path.is_dir() else "there is no such file"
+        raise MaskFileError(f"masks file '{path}': {missing}. Check the path.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -176,9 +177,9 @@ def _read(path: Path) -> MaskDict:
             "such a file could run code. Save a dict of tensors with torch.save, or, if you trust the file, "
             "load it with torch.load(..., weights_only=False) and pass the dict."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what stands in a damaged file may raise anything
         raise MaskFileError(
-            f"masks file '{path}': torch.load cannot read it ({error}). Save the masks again."
+            f"masks file '{path}': torch.load cannot read it ({type(error).__name__}: {error}). Save the masks again."
         ) from error
     if not isinstance(content, Mapping):
         raise MaskFileError(f"masks file '{path}': it holds a {type(content).__name__}, not a dict. {_FORMS}")

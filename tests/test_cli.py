@@ -144,7 +144,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_without_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--epochs", "1", "--no-progress"]) == 0
-    text = capsys.readouterr().out
-    assert "compact" in text
-    assert "Training" not in text
+    """As data: JSON alone on stdout, the table beside it on stderr, and no bars."""
+    assert cli.main(["demo", "--epochs", "1", "--no-progress", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert set(json.loads(out)) == {"dense", "masked", "compact"}
+    assert "compact" in err
+    assert "Training" not in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in a directory with a factory and masks; its status and what it wrote."""
     (tmp_path / "net.py").write_text(CODE)
+    (tmp_path / "hi.pt").write_text("hi")
     mask = torch.ones(8, 1, 1, 1)
     mask[:3] = 0
     save_file({"0.weight": mask, "0.bias": mask.flatten().clone()}, tmp_path / "masks.safetensors")
@@ -76,8 +78,7 @@ def test_every_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([command.name, "--help"])
         text = capsys.readouterr().out
         assert "--debug" in text
-        if command.name not in ("demo",):
-            assert f"examples:\n  {'eval' if command.name == 'completion' else f'maskprop {command.name}'}" in text
+        assert f"examples:\n  {'eval' if command.name == 'completion' else f'maskprop {command.name}'}" in text
 
 
 def test_inspect(run: Run) -> None:
@@ -174,6 +175,40 @@ def test_completion(run: Run) -> None:
         assert text in out
 
 
+def test_completion_in_bash(run: Run, tmp_path: Path) -> None:
+    """The script, sourced by bash, completes commands, options and choices."""
+    (tmp_path / "script").write_text(run("completion", "bash")[1])
+    complete = (
+        'source ./script; t() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _maskprop;'
+        ' echo "${COMPREPLY[*]}"; }'
+        "\nt maskprop pru\nt maskprop prune --max\nt maskprop prune --score l\nt maskprop completion z\nt maskprop x n"
+    )
+    done = subprocess.run(["bash", "-c", complete], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["prune", "--max-parameters --max-flops", "l1 l2 lamp", "zsh", ""]
+    assert done.stderr == ""
+
+
+def test_json_knows_no_infinity(run: Run) -> None:
+    """Outputs of different shapes are infinitely far apart, which JSON cannot say."""
+    Path("wide.py").write_text(
+        "from net import build\nfrom torch import nn\n\n"
+        "def wide():\n    return nn.Sequential(build(), nn.Linear(4, 5))\n"
+    )
+    status, out, _ = run("verify", NET[0], "wide.py:wide", *NET[1:], "--samples", "1", "--json")
+    assert status == 3
+    (check,) = json.loads(out, parse_constant=pytest.fail)["checks"]
+    assert check["error"] is None
+    assert check["passed"] is False
+
+
+def test_a_failure_leaves_no_directory(run: Run, tmp_path: Path) -> None:
+    assert run("compact", *NET, "--masks", "none.pt", "--out", "new/small")[0] == 1
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    assert run("compact", *NET, "--masks", "none.pt", "--out", "mine/small")[0] == 1
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_weights(run: Run, tmp_path: Path) -> None:
     state = find_model("net.py:build").build().state_dict()
     torch.save(state, tmp_path / "weights.pt")
@@ -238,6 +273,12 @@ def test_a_saved_model_by_name(run: Run, tmp_path: Path) -> None:
         (["export", *NET, "--out", "x.onnx", "--batch", "1"], "OptionError: --batch is 1; an export"),
         (["compact", *NET, "--masks", "none.pt", "--out", "x"], "MaskFileError: masks file 'none.pt'"),
         (["compact", *NET, "--masks", "none.pt", "--out", "net.py/x"], "OptionError: --out net.py/x"),
+        (["compact", *NET, "--masks", ".", "--out", "x"], "MaskFileError: masks file '.': that is a directory."),
+        (["compact", *NET, "--masks", "hi.pt", "--out", "x"], "MaskFileError: masks file 'hi.pt': torch.load cannot"),
+        (["verify", NET[0], "net.py:Masked", *NET[1:]], "DummyInputError: the forward of 'net.py:Masked' failed with"),
+        (["prune", *NET, "--out", "x.npz"], "OptionError: --out x.npz: give a file that ends in .pt, .pth or"),
+        (["prune", *NET, "--out", "no/x.pt"], "OptionError: --out no/x.pt: there is no directory 'no'"),
+        (["prune", *NET, "--max-flops", "0"], "RatioError: flops is 0: what is left must be"),
         (["show", "nowhere"], "LoadError: 'nowhere' holds no plan.json."),
     ],
 )  # fmt: skip

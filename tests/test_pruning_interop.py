@@ -52,8 +52,13 @@ def test_nni_mask_files(tmp_path: Path) -> None:
     assert written["0"]["weight"].shape == (12, 8)
     assert written["0"]["weight"].dtype == torch.float32
     assert load_masks(model, tmp_path / "masks.pth").parameters.keys() == load_masks(model, masks).parameters.keys()
+    save_nni_masks(tmp_path / "masks.safetensors", model, masks)
+    read = load_masks(model, tmp_path / "masks.safetensors").parameters
+    assert read.keys() == load_masks(model, masks).parameters.keys()
     ModelSpeedup(model, X, str(tmp_path / "masks.pth")).speedup_model()
     assert model[2].weight.shape == (3, 6)
+    with pytest.raises(MaskFileError, match=r"the suffix is '\.npz'; known are"):
+        save_nni_masks(tmp_path / "masks.npz", model, {})
     with pytest.raises(MaskFileError, match="cannot be written"):
         save_nni_masks(tmp_path / "nowhere" / "masks.pth", model, {})
 

@@ -13,7 +13,7 @@ from maskprop.commands.options import (
     add_model,
     add_progress,
     build,
-    create,
+    created,
     inputs_for,
     step,
     write_json,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from maskprop.commands.sources import Source
+    from maskprop.report import Report
     from maskprop.speedup import ModelSpeedup
 
     _Opened = tuple[nn.Module, Callable[[str], Tensor] | None, Callable[[ModelSpeedup], None]]
@@ -69,10 +70,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Speed up, save, report."""
     from rich.console import Console
 
+    with created(arguments.out):
+        report = _compact(arguments)
+    if arguments.json:
+        write_json(report.to_dict())
+    else:
+        console = Console()
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Wrote the model and its report to {arguments.out}", highlight=False)
+    return 0
+
+
+def _compact(arguments: argparse.Namespace) -> Report:
     from maskprop.commands.sources import find_model
     from maskprop.speedup import ModelSpeedup
 
-    create(arguments.out)
     source = find_model(arguments.model, arguments.trust_code)
     in_shards = source.kind == "hf" and not arguments.whole and arguments.weights is None
     with step("Building the model", arguments):
@@ -93,13 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         write(speedup)
         (arguments.out / "report.json").write_text(speedup.report.to_json() + "\n", encoding="utf-8")
         speedup.report.to_html(arguments.out / "report.html")
-    if arguments.json:
-        write_json(speedup.report.to_dict())
-    else:
-        console = Console()
-        console.print(str(speedup.report), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"Wrote the model and its report to {arguments.out}", highlight=False)
-    return 0
+    return speedup.report
 
 
 def _in_memory(source: Source, arguments: argparse.Namespace) -> _Opened:

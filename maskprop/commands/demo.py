@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from maskprop.commands import Command
-from maskprop.commands.options import create
+from maskprop.commands.options import add_json, add_progress, created, write_json
 from maskprop.errors import OptionError
 
 
@@ -17,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, default=0.7, help=f"share of rows to prune {default}")
     parser.add_argument("--epochs", type=int, default=12, help=f"epochs of training {default}")
     parser.add_argument("--seed", type=int, default=0, help=f"for data, weights and batches {default}")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    add_json(parser)
+    add_progress(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,21 +29,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--sparsity is {arguments.sparsity}; it is a share, at least 0 and below 1.")
     if arguments.epochs < 1:
         raise OptionError(f"--epochs is {arguments.epochs}; give at least 1.")
-    if arguments.out is not None:
-        create(arguments.out)
-
     from rich.console import Console
 
     from maskprop.demo.run import demo
 
-    demo(
-        Console(),
-        arguments.out,
-        sparsity=arguments.sparsity,
-        epochs=arguments.epochs,
-        seed=arguments.seed,
-        progress=not arguments.no_progress,
-    )
+    with created(arguments.out) if arguments.out is not None else nullcontext():
+        results = demo(
+            Console(stderr=arguments.json),
+            arguments.out,
+            sparsity=arguments.sparsity,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            progress=not arguments.no_progress,
+        )
+    if arguments.json:
+        write_json({name: asdict(result) for name, result in results.items()})
     return 0
 
 
@@ -49,4 +52,5 @@ COMMAND = Command(
     "Train a small network on handwritten digits, prune it, speed it up, and compare.",
     add_arguments,
     run,
+    "  maskprop demo\n  maskprop demo --sparsity 0.5 --epochs 3 --out demo",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,18 @@ def _onnx(model: Any, inputs: Any, file: Path, dynamic: bool) -> Any:
     runtime = require("onnxruntime", "onnx", "maskprop export")
     shapes = _shapes(inputs, dynamic)
     merged = None if shapes is None else _by_name(model, shapes)
-    torch.onnx.export(
-        model,
-        inputs[0],
-        file,
-        kwargs=inputs[1],
-        dynamo=True,
-        dynamic_shapes=merged,
-        verbose=False,
-        external_data=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's exporter warns of its own calls
+        torch.onnx.export(
+            model,
+            inputs[0],
+            file,
+            kwargs=inputs[1],
+            dynamo=True,
+            dynamic_shapes=merged,
+            verbose=False,
+            external_data=False,
+        )
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 

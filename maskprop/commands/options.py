@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,18 @@ def inputs_for(
 
 
 def write_json(value: Any) -> None:
-    """Plain JSON to stdout, whatever the terminal's width."""
+    """Plain JSON to stdout, whatever the terminal's width. It knows no infinity: that is written as null."""
     import sys
 
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
@@ -105,17 +114,40 @@ def step(text: str, arguments: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def create(out: Path) -> None:
-    """Create a directory before anything takes time.
+@contextmanager
+def created(out: Path) -> Iterator[None]:
+    """Create a directory before anything takes time; if what follows fails, take away what is empty of it.
 
     Raises:
         OptionError: it cannot be created.
     """
     from maskprop.errors import OptionError
 
+    new = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(
             f"--out {out}: this directory cannot be created ({error.strerror}). Choose another."
         ) from error
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def check_file(out: Path, suffixes: tuple[str, ...]) -> None:
+    """See that a file can be written before anything takes time.
+
+    Raises:
+        OptionError: its suffix is none of these, it is a directory, or its directory is missing.
+    """
+    from maskprop.errors import OptionError
+
+    if out.suffix not in suffixes or out.is_dir():
+        raise OptionError(f"--out {out}: give a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
+    if not out.parent.is_dir():
+        raise OptionError(f"--out {out}: there is no directory '{out.parent}'. Create it first.")

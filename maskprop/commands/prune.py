@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskprop.commands import Command
-from maskprop.commands.options import add_json, add_model, add_progress, build, inputs_for, step, write_json
+from maskprop.commands.options import (
+    add_json,
+    add_model,
+    add_progress,
+    build,
+    check_file,
+    inputs_for,
+    step,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,8 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, how much to prune of it, and where the masks go."""
     default = "(default: %(default)s)"
     add_model(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the masks there, .pt or .pth")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the masks there: .pt, .pth or .safetensors")
     parser.add_argument("--ratio", type=float, default=0.5, help=f"share of the units of a group {default}")
+    for what in ("parameters", "flops"):
+        parser.add_argument(
+            f"--max-{what}",
+            type=_limit,
+            metavar="N",
+            help=f"prune no further than until so many {what} are left: a share of the dense model (0.4 or 40%%) or a "
+            "number (5000000, 5M); --ratio then says how much one group is pruned beside another",
+        )
     parser.add_argument("--score", choices=SCORES, default="l1", help=f"the lowest units go {default}")
     parser.add_argument(
         "--ranking",
@@ -51,12 +68,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_progress(parser)
 
 
+def _limit(text: str) -> float:
+    """``0.4`` or ``40%`` is a share (a float), ``5000000`` or ``5M`` a number (an int)."""
+    units = {"%": 0.01, "K": 10**3, "M": 10**6, "G": 10**9}
+    try:
+        if text[-1:].upper() in units:
+            value = float(text[:-1]) * units[text[-1:].upper()]
+            return value if text.endswith("%") else int(value)
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a share, as 0.4 or 40%, nor a number, as 5M") from None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Find the groups, choose the units, write the masks, print what will be left."""
     from rich.console import Console
 
-    from maskprop.pruning import Pruner, save_nni_masks, scores
+    from maskprop.pruning import Budget, Pruner, save_nni_masks, scores
 
+    if arguments.out is not None:
+        check_file(arguments.out, (".pt", ".pth", ".safetensors"))
+    limits = arguments.max_parameters, arguments.max_flops
     with step("Choosing masks", arguments):
         source, model = build(arguments.model, arguments)
         score = getattr(scores, SCORES[arguments.score])()
@@ -70,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             granularity=arguments.granularity,
             channel_multiple=arguments.channel_multiple,
             min_units=arguments.min_units,
+            budget=None if limits == (None, None) else Budget(*limits),
         )
         removal = pruner.prune()
     if arguments.out is not None:
@@ -78,7 +111,10 @@ def run(arguments: argparse.Namespace) -> int:
         write_json({"model": arguments.model, **_facts(removal)})
         return 0
     console = Console()
-    console.print(_table(removal))
+    facts = _facts(removal)
+    costs = ", ".join(f"{k} {facts[k]['before']:,} → {facts[k]['after']:,}" for k in ("parameters", "flops"))
+    console.print(f"{arguments.model}: {costs}", highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(facts))
     if arguments.out is not None:
         console.print(f"Masks: {arguments.out}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -99,12 +135,10 @@ def _facts(removal: Removal) -> dict[str, Any]:
     }
 
 
-def _table(removal: Removal) -> Table:
+def _table(facts: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    facts = _facts(removal)
-    costs = ", ".join(f"{k} {facts[k]['before']:,} -> {facts[k]['after']:,}" for k in ("parameters", "flops"))
-    table = Table(title=costs)
+    table = Table()
     for title in ("group", "granularity", "units", "kept"):
         table.add_column(title, justify="right" if title in ("units", "kept") else "left", overflow="fold")
     for group in facts["groups"]:
@@ -118,6 +152,7 @@ COMMAND = Command(
     add_arguments,
     run,
     "  maskprop prune torchvision:resnet18 --weights weights.pt --ratio 0.5 --out masks.pt\n"
+    "  maskprop prune torchvision:resnet50 --max-flops 40% --ranking global --out masks.safetensors\n"
     "  maskprop prune timm:vit_tiny_patch16_224 --granularity head --granularity 'head dim' --json\n"
     "  maskprop compact torchvision:resnet18 --weights weights.pt --masks masks.pt --out small",
 )

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from maskprop.graph.trace import split_inputs
-    from maskprop.rewrite.verify import compare_outputs, run_model
+    from maskprop.rewrite.verify import compare_outputs
 
     source, model = build(arguments.model, arguments)
     batches = [
@@ -71,7 +71,9 @@ def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for i, batch in enumerate(batches):
         inputs = split_inputs(batch)
-        for check in compare_outputs(run_model(other, inputs), run_model(model, inputs)):
+        expected = _outputs(arguments.model, model, inputs)
+        actual = _outputs(arguments.other or f"{arguments.model}, sped up", other, inputs)
+        for check in compare_outputs(actual, expected):
             tolerance = check.tolerance if arguments.tolerance is None else arguments.tolerance
             found.append(
                 {
@@ -83,6 +85,25 @@ def _compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _outputs(name: str, model: Any, inputs: Any) -> Any:
+    """What a model computes.
+
+    Raises:
+        DummyInputError: its forward fails.
+    """
+    from maskprop.errors import DummyInputError
+    from maskprop.graph.trace import describe_inputs
+    from maskprop.rewrite.verify import run_model
+
+    try:
+        return run_model(model, inputs)
+    except Exception as error:  # whatever its forward raises
+        raise DummyInputError(
+            f"the forward of '{name}' failed with {type(error).__name__}: {error}. It was called with "
+            f"{describe_inputs(inputs)}. Both models must take the same inputs; say which with --input."
+        ) from error
 
 
 def _other(arguments: argparse.Namespace, source: Any, model: Any) -> Any:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -55,20 +58,28 @@ def nested(flat: Mapping[str, Tensor]) -> NestedMasks:
 def save_nni_masks(path: str | os.PathLike[str], model: nn.Module, masks: MasksLike) -> None:
     """Write masks as NNI does: ``torch.save`` of ``{module: {parameter: mask}}``, full-size 0/1 floats.
 
+    A path that ends in ``.safetensors`` gets ``{"module.parameter": mask}`` in that form.
+
     Raises:
-        MaskFileError: the file cannot be written.
+        MaskFileError: the file cannot be written, or its suffix is none that :func:`maskprop.load_masks` reads.
     """
+    file = Path(path)
+    if file.suffix not in (".pt", ".pth", ".safetensors"):
+        raise MaskFileError(
+            f"masks file '{file}': the suffix is '{file.suffix}'; known are .pt, .pth and .safetensors. Choose one."
+        )
     parameters = dict(model.named_parameters())
     full = {
         n: m.expand(parameters[n].shape).float().cpu().contiguous()
         for n, m in load_masks(model, masks).parameters.items()
     }
     try:
-        torch.save(nested(full), path)
-    except (OSError, RuntimeError) as error:
-        raise MaskFileError(
-            f"masks file '{os.fspath(path)}': it cannot be written ({error}). Choose another place."
-        ) from error
+        if file.suffix == ".safetensors":
+            save_file(full, file)
+        else:
+            torch.save(nested(full), file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise MaskFileError(f"masks file '{file}': it cannot be written ({error}). Choose another place.") from error
 
 
 def semi_structured_masks(model: nn.Module, *, ignore: Iterable[str] = ()) -> NestedMasks:
@@ -111,14 +122,15 @@ class SemiStructuredReplacer:
         """Convert every Linear of ``speedup.model`` whose weight is 2:4 sparse.
 
         Raises:
-            MaskingError: the GPU, or the build of torch, has no semi-structured kernels.
+            MaskingError: the GPU, or the build of torch, has no semi-structured kernels. Nothing is changed.
         """
         model: nn.Module = speedup.model  # type: ignore[attr-defined]
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and is_semi_structured(module.weight):
-                _require_kernels(module.weight)
-                sparse = torch.sparse.to_sparse_semi_structured(module.weight.detach())
-                module.weight = nn.Parameter(sparse, requires_grad=False)
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear) and is_semi_structured(m.weight)]
+        for module in linears:
+            _require_kernels(module.weight)
+        for module in linears:
+            sparse = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+            module.weight = nn.Parameter(sparse, requires_grad=False)
 
 
 def is_semi_structured(weight: Tensor) -> bool:
