@@ -24,8 +24,8 @@ OUTCOMES = {
 
 PREFACE = """Written from `benchmarks/results/zoo_peer.jsonl`, which `python -m benchmarks.zoo_peer` makes.
 Torch-Pruning 1.6.1 halves every group by L1 norm, as it is by default and told of nothing but the last layer. Where
-that does not end right and heads are found, it is asked again, told of the heads and to leave layer norms' axes alone
-(*told*). What it removed then masks the dense model, element by element, and maskprop speeds that up: the same units.
+that ends, but not right, and heads are found, it is asked again (*told*): of the heads, and to leave layer norms' axes
+alone. What it removed then masks the dense model, element by element, and maskprop speeds that up: the same units.
 """
 
 
