@@ -41,6 +41,7 @@ SUBSET = {
         "pvt_v2_b0": "heads",
         "repvit_m1": "zeros",
         "ghostnet_050": "conflicts",
+        "levit_128s": "constants",
     },
     "hf": {
         "bert-sdpa": "heads",
