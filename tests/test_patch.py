@@ -175,3 +175,58 @@ def test_places_that_are_not_there() -> None:
         patch = Patch(Place(function, ((1, 0, 1, 5),) * (len(function) - 1), (1, 0, 1, 5), "0"), "number", 0, 1.0)
         with pytest.raises(NoSource):
             patched_class(Attention, (patch,))
+
+
+class Settings:
+    """Shared by all modules of a model, which read it as they run."""
+
+    def __init__(self) -> None:
+        self.heads, self.dims, self.gain = HEADS, WIDTH // HEADS, 1.0
+
+
+class Configured(nn.Module):
+    """Reads the number of its heads from settings, in the forward and in a method."""
+
+    def __init__(self, config: Settings) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def cut(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:2], self.config.heads, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = self.config.heads * self.config.dims
+        qkv = self.qkv(x)
+        q, k, v = self.cut(qkv[..., :width]), self.cut(qkv[..., width : 2 * width]), self.cut(qkv[..., 2 * width :])
+        y = F.scaled_dot_product_attention(q * self.config.gain, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def configured() -> nn.Module:
+    config = Settings()
+    return nn.Sequential(Configured(config), Configured(config))
+
+
+def test_settings_that_modules_share_go_on_being_shared(tmp_path: Path) -> None:
+    one_head = {f"0.qkv.{part}": torch.arange(3 * WIDTH) % WIDTH >= WIDTH // HEADS for part in ("weight", "bias")}
+    one_head["0.qkv.weight"] = one_head["0.qkv.weight"][:, None]
+    model = configured()
+    reference = masked_reference(model, one_head)
+    x = torch.randn(3, 6, WIDTH)
+    ModelSpeedup(model, x, {name: mask.float() for name, mask in one_head.items()}).speedup_model()
+    assert model[0].qkv.out_features == 2 * WIDTH
+    assert model[0].config is model[1].config
+    for one in (model, reference):
+        one[1].config.gain = 2.0
+    assert relative_error(model(x), reference(x)) < 1e-5
+    maskprop.save(model, tmp_path)
+    loaded = maskprop.load(tmp_path, configured)
+    loaded[0].config.gain = 2.0
+    assert torch.equal(loaded(x), model(x))
+    another = torch.tensor([1.0, 0]).repeat_interleave(WIDTH // HEADS)
+    ModelSpeedup(model, x, {"0.out.weight": another[None]}).speedup_model()
+    with torch.no_grad():
+        reference[0].out.weight[:, 2 * WIDTH // HEADS :] = 0
+    assert model[0].qkv.out_features == WIDTH
+    assert relative_error(model(x), reference(x)) < 1e-5

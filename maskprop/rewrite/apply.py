@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import PlanError
+from maskprop.rewrite.authored import Patch, patched_class, places_of_setting
 from maskprop.rewrite.edits import Edits, owner_of, tensor_of
 from maskprop.rewrite.leaves import update_leaves
 
@@ -35,11 +36,20 @@ def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
 
 
 def change_attribute(edits: Edits, change: AttributeChange) -> None:
-    """Set an attribute of a module; one of its config goes to a copy of the config, which other modules share."""
+    """Set an attribute of a module.
+
+    A config is shared with other modules, and stays so: where the forward reads the setting, it gets the new number
+    instead. Where that cannot be found in the author's code, the module gets a copy of the config.
+    """
     module = edits.model.get_submodule(change.module)
     holder, _, name = change.attribute.rpartition(".")
     if holder not in CONFIGS:
         edits.set_attribute(module, change.attribute, change.new)
+        return
+    places = [] if hasattr(type(module), "generated_source") else places_of_setting(type(module), change.attribute)
+    if places:
+        patches = tuple(Patch(place, "setting", change.attribute, change.new) for place in places)
+        edits.set_class(module, patched_class(type(module), patches))
         return
     config = copy.copy(getattr(module, holder))
     setattr(config, name, change.new)

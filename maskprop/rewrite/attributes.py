@@ -17,6 +17,7 @@ from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
 from maskprop.rewrite.apply import CONFIGS
+from maskprop.rewrite.authored import settings_of
 from maskprop.rewrite.replay import Mismatch, Replay
 
 
@@ -166,11 +167,12 @@ def _replaced(name: str, value: Any, old: float, new: float) -> Any:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """A module's own attributes, and those of a config object that it holds, as ``config.name``."""
+    settings = settings_of(type(module))
     for name, value in list(vars(module).items()):
         yield name, value
         if name in CONFIGS and not isinstance(value, (nn.Module, dict, type)) and hasattr(value, "__dict__"):
             for key, one in list(vars(value).items()):
-                yield f"{name}.{key}", one
+                yield f"{name}.{key}", settings.get(f"{name}.{key}", one)
 
 
 def lineage(path: str) -> Sequence[str]:

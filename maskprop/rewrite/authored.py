@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import linecache
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,9 +59,9 @@ class Patch:
     Attributes:
         place: where.
         kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced),
-            ``"parts"`` (an axis is split into parts of other sizes) or ``"number"`` (the number that meets a tensor in
-            an expression is replaced).
-        at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument.
+            ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a tensor in
+            an expression is replaced) or ``"setting"`` (a number is read from a config, and another is wanted here).
+        at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting.
         value: sizes: ``(axis, numerator, denominator)`` each; else what comes in its place.
     """
 
@@ -267,7 +267,7 @@ def _text(function: types.FunctionType) -> str:
 
 
 def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
-    """The call or the arithmetic that stands at a place.
+    """The call, the arithmetic or the setting that stands at a place.
 
     Raises:
         NoSource: neither stands there.
@@ -275,11 +275,37 @@ def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
     return _find(_definition(resolve(cls, place.function)), place.span)
 
 
+def places_of_setting(cls: type, name: str) -> list[Place]:
+    """Where a forward, and the methods that it calls, read a setting, such as ``config.heads``, of ``self``."""
+
+    def search(names: tuple[str, ...], sites: tuple[Span, ...]) -> Iterator[Place]:
+        try:
+            definition = _definition(resolve(cls, names))
+        except NoSource:
+            return  # what is called is no method
+        for node in ast.walk(definition):
+            if not isinstance(node, (ast.Attribute, ast.Call)):
+                continue
+            line = definition.lineno
+            span = node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}":
+                yield Place(names, sites, span, _digest(cls, names))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.") and len(names) < 4:
+                yield from search((*names, ast.unparse(node.func)), (*sites, span))
+
+    return list(search(("forward",), ()))
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """The settings that a patched class reads otherwise than its config says."""
+    return {str(p.at): p.value for p in getattr(cls, "generated_patches", ()) if p.kind == "setting"}
+
+
 def _find(definition: ast.FunctionDef, span: Span) -> ast.expr | ast.stmt:
     first, start, last, end = span
     exact: list[ast.expr | ast.stmt] = []
     for node in ast.walk(definition):
-        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign)):
+        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute)):
             continue
         if (node.end_lineno or 0) - definition.lineno != last or node.end_col_offset != end:
             continue
@@ -300,13 +326,15 @@ def patched_class(base: type, patches: tuple[Patch, ...]) -> type:
     """A subclass of the author's class in which some expressions are changed.
 
     Args:
-        base: the author's class, or one made here, whose patches come first.
+        base: the author's class, or one made here, whose patches come first; a setting is changed once.
         patches: in order.
 
     Raises:
         NoSource: an expression is not where the patches were made for.
     """
-    return _build(getattr(base, "generated_from", base), (*getattr(base, "generated_patches", ()), *patches))
+    new = {(p.place, p.at) for p in patches if p.kind == "setting"}
+    before = [p for p in getattr(base, "generated_patches", ()) if (p.place, p.at) not in new]
+    return _build(getattr(base, "generated_from", base), (*before, *patches))
 
 
 @functools.cache
@@ -404,7 +432,9 @@ class _Rewrite(ast.NodeTransformer):
         if node is not self.target:
             return node
         patch = self.patch
-        if patch.kind == "number":
+        if patch.kind == "setting":
+            node = _constant(patch.value)
+        elif patch.kind == "number":
             if isinstance(node, ast.BinOp):
                 node.left, node.right = self._instead(node.left), self._instead(node.right)
             elif isinstance(node, ast.AugAssign):

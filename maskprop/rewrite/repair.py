@@ -25,6 +25,7 @@ from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.attributes import candidates_for, everywhere, lineage
+from maskprop.rewrite.authored import settings_of
 from maskprop.rewrite.calls import recorded_calls
 from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
@@ -78,6 +79,7 @@ class Repair:
     unread: list[AttributeChange] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
+    _treated: set[str] = field(default_factory=set)
 
     def run(self, alignment: Alignment) -> Alignment:
         """Apply the plan, mending or giving up units until the model follows it.
@@ -93,6 +95,7 @@ class Repair:
         mark = self.edits.mark()
         for _ in range(MAX_SOLVES):
             self.generated.clear()
+            self._treated.clear()
             self.replaced.clear()
             plan, taken = (alignment.plan, []) if self.customize is None else self.customize(alignment)
             masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
@@ -216,19 +219,25 @@ class Repair:
             after = replay.run(self.edits.model, self.inputs)
             if after is None or after.index > mismatch.index:
                 alignment.plan.attributes += changes
+                self.generated.update(
+                    (c.module, str(mismatch)) for c in changes if c.attribute in settings_of(self._class_of(c.module))
+                )
                 return after
             self.edits.rollback(mark)
         return mismatch
 
+    def _class_of(self, path: str) -> type:
+        return type(self.edits.model.get_submodule(path))
+
     def _generate(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
         """Generate a forward for the module at fault and its like; as :meth:`_set_attributes`."""
-        if mismatch.path in self.generated or not self.may_generate:
+        if mismatch.path in self._treated or not self.may_generate:
             return mismatch
-        kind = type(self.edits.model.get_submodule(mismatch.path))
+        kind = self._class_of(mismatch.path)
         paths = [
             path
             for path, module in self.edits.model.named_modules()
-            if type(module) is kind and path not in self.generated and self._changes(replay, path)
+            if type(module) is kind and path not in self._treated and self._changes(replay, path)
         ]
         mark = self.edits.mark()
         calls = recorded_calls(self.edits, self.graph, paths, self.inputs)
@@ -239,6 +248,7 @@ class Repair:
         after = replay.run(self.edits.model, self.inputs)
         if mismatch.path in done and (after is None or after.index > mismatch.index):
             self.generated.update({p: str(mismatch) for p in done})
+            self._treated.update(done)
             return after
         self.edits.rollback(mark)
         return mismatch
