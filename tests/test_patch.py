@@ -22,6 +22,7 @@ from maskprop.errors import LoadError
 from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class
 
 WIDTH, HEADS = 12, 3
+PARTS = ("weight", "bias")
 
 
 class Attention(nn.Module):
@@ -177,6 +178,42 @@ def test_places_that_are_not_there() -> None:
             patched_class(Attention, (patch,))
 
 
+class Branching(nn.Module):
+    """Three ways to attend, each with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = WIDTH // HEADS
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, way: str) -> Tensor:
+        scale = math.sqrt(self.head_dim) if way == "attribute" else q.size(-1) ** 0.5
+        return (q @ k.transpose(-1, -2) / scale).softmax(-1) @ v
+
+    def forward(self, x: Tensor, way: str = "torch") -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v) if way == "torch" else self.by_hand(q, k, v, way)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("taken", ["torch", "attribute", "size"])
+def test_branches_that_were_not_taken_keep_their_scale(taken: str) -> None:
+    gone = torch.tensor([1.0, 0, 1, 1]).repeat(HEADS)
+    masks = {f"{name}.{part}": gone[:, None] if part == "weight" else gone for name in "qkv" for part in PARTS}
+    model = Branching()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, {"x": torch.randn(2, 5, WIDTH), "way": taken}, masks).speedup_model()
+    assert model.q.out_features == 9
+    x = torch.randn(3, 7, WIDTH)
+    for way in ("torch", "attribute", "size"):
+        assert relative_error(model(x, way), reference(x, way)) < 1e-5
+    copied = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copied(x), model(x))
+
+
 class Settings:
     """Shared by all modules of a model, which read it as they run."""
 
@@ -209,7 +246,7 @@ def configured() -> nn.Module:
 
 
 def test_settings_that_modules_share_go_on_being_shared(tmp_path: Path) -> None:
-    one_head = {f"0.qkv.{part}": torch.arange(3 * WIDTH) % WIDTH >= WIDTH // HEADS for part in ("weight", "bias")}
+    one_head = {f"0.qkv.{part}": torch.arange(3 * WIDTH) % WIDTH >= WIDTH // HEADS for part in PARTS}
     one_head["0.qkv.weight"] = one_head["0.qkv.weight"][:, None]
     model = configured()
     reference = masked_reference(model, one_head)

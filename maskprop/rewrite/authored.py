@@ -60,9 +60,11 @@ class Patch:
         place: where.
         kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced),
             ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a tensor in
-            an expression is replaced) or ``"setting"`` (a number is read from a config, and another is wanted here).
+            an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted here) or
+            ``"root"`` (a root of a size stays that of another size).
         at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting.
-        value: sizes: ``(axis, numerator, denominator)`` each; else what comes in its place.
+        value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; else what comes in its
+            place.
     """
 
     place: Place
@@ -106,7 +108,22 @@ def instead(number: float, value: Any) -> Any:
     return value if isinstance(value, Tensor) else number
 
 
-_HELPERS: dict[str, Callable[..., Any]] = {"maskprop_scaled": scaled, "maskprop_instead": instead}
+def dense_size(sizes: tuple[tuple[int, int], ...], size: Any) -> Any:
+    """What a size was before it shrank; whatever else stays."""
+    return dict(sizes).get(size, size) if type(size) is int else size
+
+
+def dense_scale(sizes: tuple[tuple[int, int], ...], query: Tensor) -> float:
+    """What ``scaled_dot_product_attention`` multiplies its scores by."""
+    return float(dense_size(sizes, query.shape[-1]) ** -0.5)
+
+
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "maskprop_scaled": scaled,
+    "maskprop_instead": instead,
+    "maskprop_dense_size": dense_size,
+    "maskprop_dense_scale": dense_scale,
+}
 
 
 # -- finding ------------------------------------------------------------------------------------
@@ -277,23 +294,54 @@ def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
 
 def places_of_setting(cls: type, name: str) -> list[Place]:
     """Where a forward, and the methods that it calls, read a setting, such as ``config.heads``, of ``self``."""
+    return [
+        p for p, node in _expressions(cls) if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}"
+    ]
 
-    def search(names: tuple[str, ...], sites: tuple[Span, ...]) -> Iterator[Place]:
+
+def roots_in(cls: type) -> list[Place]:
+    """Where a forward, and the methods that it calls, take the root of a size, or leave that to torch's attention."""
+    return [place for place, node in _expressions(cls) if _is_root(node)]
+
+
+def _is_root(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Pow) and _may_be_size(node.left)
+    if not isinstance(node, ast.Call) or not node.args:
+        return False
+    name = ast.unparse(node.func).rpartition(".")[2]
+    if name == "scaled_dot_product_attention":
+        scaled = len(node.args) > 6 or any(keyword.arg in ("scale", None) for keyword in node.keywords)
+        return not scaled and isinstance(node.args[0], (ast.Name, ast.Attribute))
+    return name in ("sqrt", "rsqrt") and _may_be_size(node.args[0])
+
+
+def _may_be_size(node: ast.expr) -> bool:
+    """``self.dims``, ``dims``, ``x.shape[-1]`` or ``x.size(-1)``."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr == "size"
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+    return isinstance(node, (ast.Name, ast.Attribute))
+
+
+def _expressions(cls: type) -> Iterator[tuple[Place, ast.expr]]:
+    """The expressions of a forward, and of the methods that it calls, wherever they can be told apart."""
+
+    def search(names: tuple[str, ...], sites: tuple[Span, ...]) -> Iterator[tuple[Place, ast.expr]]:
         try:
             definition = _definition(resolve(cls, names))
         except NoSource:
             return  # what is called is no method
         for node in ast.walk(definition):
-            if not isinstance(node, (ast.Attribute, ast.Call)):
-                continue
-            line = definition.lineno
-            span = node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}":
-                yield Place(names, sites, span, _digest(cls, names))
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.") and len(names) < 4:
-                yield from search((*names, ast.unparse(node.func)), (*sites, span))
+            if isinstance(node, (ast.Attribute, ast.Call, ast.BinOp)):
+                line = definition.lineno
+                span = node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
+                yield Place(names, sites, span, _digest(cls, names)), node
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.") and len(names) < 4:
+                    yield from search((*names, ast.unparse(node.func)), (*sites, span))
 
-    return list(search(("forward",), ()))
+    yield from search(("forward",), ())
 
 
 def settings_of(cls: type) -> dict[str, Any]:
@@ -441,6 +489,8 @@ class _Rewrite(ast.NodeTransformer):
                 node.value = self._instead(node.value)
             elif isinstance(node, ast.Call):
                 node.args = [self._instead(a) for a in node.args]
+        elif patch.kind == "root":
+            self._set_root(node)
         elif isinstance(node, ast.Call) and patch.kind == "argument":
             self._set_argument(node)
         elif isinstance(node, ast.Call) and patch.kind == "parts":
@@ -463,6 +513,16 @@ class _Rewrite(ast.NodeTransformer):
             call.args[at] = value
         else:
             call.keywords = [k for k in call.keywords if k.arg != at] + [ast.keyword(at, value)]
+
+    def _set_root(self, node: ast.expr) -> None:
+        sizes = _constant(self.patch.value)
+        if isinstance(node, ast.BinOp):
+            node.left = ast.Call(ast.Name("maskprop_dense_size", ast.Load()), [sizes, node.left], [])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scaled_dot_product_attention"):
+            scale = ast.Call(ast.Name("maskprop_dense_scale", ast.Load()), [sizes, copy.deepcopy(node.args[0])], [])
+            node.keywords.append(ast.keyword("scale", scale))
+        elif isinstance(node, ast.Call):
+            node.args[0] = ast.Call(ast.Name("maskprop_dense_size", ast.Load()), [sizes, node.args[0]], [])
 
     def _set_parts(self, call: ast.Call) -> None:
         """``chunk(3, dim)`` or ``split(4, dim)`` becomes ``split((4, 4, 2), dim)``."""

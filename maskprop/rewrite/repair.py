@@ -32,6 +32,7 @@ from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.patch import patch_forwards
 from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.roots import apply_roots, root_patches
 from maskprop.rewrite.unread import unread_attributes
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Repair:
             replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
             mismatch = self._follow(alignment, replay)
             if mismatch is None:
+                self._keep_roots(replay)
                 self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
@@ -152,6 +154,19 @@ class Repair:
         if mismatch is None and self.may_name:
             self._name_sizes(alignment, replay)
         return mismatch
+
+    def _keep_roots(self, replay: Replay) -> None:
+        """Keep the scales of branches that were not taken."""
+        patches = root_patches(self.edits.model, replay) if self.may_generate else {}
+        for one in [patches, *({path: (p,)} for path, several in patches.items() for p in several)]:
+            mark = self.edits.mark()
+            apply_roots(self.edits, one)
+            if replay.run(self.edits.model, self.inputs) is None:
+                self.generated.update(dict.fromkeys(one, "a scale in a branch that the dummy input did not take"))
+                if one is patches:
+                    return
+            else:
+                self.edits.rollback(mark)
 
     def _name_sizes(self, alignment: Alignment, replay: Replay) -> None:
         """Set the attributes that name a size which changed and that ``forward`` does not read."""

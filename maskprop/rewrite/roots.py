@@ -1,0 +1,66 @@
+"""Scales in branches that the dummy input did not take.
+
+Attention divides its scores by the root of its head dim, often in one of several branches, each of which computes the
+root anew. The replay sees the branch that was taken; in all others, a root of a size that shrank must stay the root of
+the dense size, or every shape is right there and every number wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class, roots_in
+from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.replay import Replay
+
+Patched = dict[str, tuple[Patch, ...]]
+
+
+def root_patches(model: nn.Module, replay: Replay) -> Patched:
+    """Patches by module path, for modules whose batched products sum over fewer units than they did.
+
+    Args:
+        model: the compact model, which follows the plan.
+        replay: what the plan expects.
+    """
+    found: Patched = {}
+    for path, module in model.named_modules():
+        sizes = _shrunk_sums(replay, path)
+        cls = type(module)
+        if not sizes or hasattr(cls, "generated_source"):
+            continue
+        try:
+            done = [patch.place for patch in getattr(cls, "generated_patches", ())]
+            places = [place for place in roots_in(cls) if not any(_inside(place, other) for other in done)]
+            patches = tuple(Patch(place, "root", 0, sizes) for place in places)
+            patched_class(cls, patches)
+        except NoSource:
+            continue
+        if patches:
+            found[path] = patches
+    return found
+
+
+def apply_roots(edits: Edits, patches: Patched) -> None:
+    """Put the dense sizes under the roots."""
+    for path, several in patches.items():
+        module = edits.model.get_submodule(path)
+        edits.set_class(module, patched_class(type(module), several))
+
+
+def _shrunk_sums(replay: Replay, path: str) -> tuple[tuple[int, int], ...]:
+    """``(compact, dense)`` lengths of the sums in a module's batched products; none if a length may mean several."""
+    found: dict[int, int] = {}
+    for op in replay.ops_of(path):
+        if op.target is torch.ops.aten.bmm.default or op.target is torch.ops.aten.baddbmm.default:
+            dense, compact = replay.around(op)[-2]
+            if dense and compact and found.setdefault(compact[-1], dense[-1]) != dense[-1]:
+                return ()
+    return tuple((new, old) for new, old in sorted(found.items()) if new != old)
+
+
+def _inside(place: Place, other: Place) -> bool:
+    """Whether an expression overlaps another that is changed already."""
+    first, last = (place.span[:2], place.span[2:]), (other.span[:2], other.span[2:])
+    return place.chain == other.chain and first[0] <= last[1] and last[0] <= first[1]
