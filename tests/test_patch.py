@@ -19,7 +19,8 @@ import maskprop
 from benchmarks.zoo.check import masked_reference, relative_error
 from maskprop import ModelSpeedup
 from maskprop.errors import LoadError
-from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class
+from maskprop.rewrite.authored import NoSource, Patch, Place
+from maskprop.rewrite.patched import patched_class
 
 WIDTH, HEADS = 12, 3
 PARTS = ("weight", "bias")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import PlanError
-from maskprop.rewrite.authored import Patch, patched_class, places_of_setting
+from maskprop.rewrite.authored import Patch, places_of_setting
 from maskprop.rewrite.edits import Edits, owner_of, tensor_of
 from maskprop.rewrite.leaves import update_leaves
+from maskprop.rewrite.patched import patched_class
 
 # Under these names modules hold the configuration that they share with their model.
 CONFIGS = ("config", "cfg", "args", "params")

@@ -17,7 +17,7 @@ from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
 from maskprop.rewrite.apply import CONFIGS
-from maskprop.rewrite.authored import settings_of
+from maskprop.rewrite.patched import settings_of
 from maskprop.rewrite.replay import Mismatch, Replay
 
 

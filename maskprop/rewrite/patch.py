@@ -31,7 +31,6 @@ from maskprop.rewrite.authored import (
     Place,
     expression_at,
     identity,
-    patched_class,
     place_of,
     plain_function,
     resolve,
@@ -39,6 +38,7 @@ from maskprop.rewrite.authored import (
 from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import attention_scale
+from maskprop.rewrite.patched import patched_class
 from maskprop.rewrite.replay import Mismatch, Replay
 
 log = logging.getLogger(__name__)

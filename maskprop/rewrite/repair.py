@@ -25,12 +25,12 @@ from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.attributes import candidates_for, everywhere, lineage
-from maskprop.rewrite.authored import settings_of
 from maskprop.rewrite.calls import recorded_calls
 from maskprop.rewrite.dead import remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.patch import patch_forwards
+from maskprop.rewrite.patched import settings_of
 from maskprop.rewrite.replay import Mismatch, Replay
 from maskprop.rewrite.roots import apply_roots, root_patches
 from maskprop.rewrite.unread import unread_attributes
@@ -157,13 +157,14 @@ class Repair:
 
     def _keep_roots(self, replay: Replay) -> None:
         """Keep the scales of branches that were not taken."""
-        patches = root_patches(self.edits.model, replay) if self.may_generate else {}
-        for one in [patches, *({path: (p,)} for path, several in patches.items() for p in several)]:
+        patches = root_patches(self.edits.model, replay) if self.may_generate else []
+        for attempt in [patches, *([one] for one in patches)] if patches else []:
             mark = self.edits.mark()
-            apply_roots(self.edits, one)
+            apply_roots(self.edits, attempt)
             if replay.run(self.edits.model, self.inputs) is None:
-                self.generated.update(dict.fromkeys(one, "a scale in a branch that the dummy input did not take"))
-                if one is patches:
+                reason = "a scale in a branch that the dummy input did not take"
+                self.generated.update((path, reason) for path, _ in attempt)
+                if attempt is patches:
                     return
             else:
                 self.edits.rollback(mark)

@@ -7,24 +7,25 @@ the dense size, or every shape is right there and every number wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from maskprop.rewrite.authored import NoSource, Patch, Place, patched_class, roots_in
+from maskprop.rewrite.authored import NoSource, Patch, Place, roots_in
 from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.patched import patched_class
 from maskprop.rewrite.replay import Replay
 
-Patched = dict[str, tuple[Patch, ...]]
 
-
-def root_patches(model: nn.Module, replay: Replay) -> Patched:
-    """Patches by module path, for modules whose batched products sum over fewer units than they did.
+def root_patches(model: nn.Module, replay: Replay) -> list[tuple[str, Patch]]:
+    """Patches and the paths of their modules, for modules whose batched products sum over fewer units than they did.
 
     Args:
         model: the compact model, which follows the plan.
         replay: what the plan expects.
     """
-    found: Patched = {}
+    found: list[tuple[str, Patch]] = []
     for path, module in model.named_modules():
         sizes = _shrunk_sums(replay, path)
         cls = type(module)
@@ -37,16 +38,15 @@ def root_patches(model: nn.Module, replay: Replay) -> Patched:
             patched_class(cls, patches)
         except NoSource:
             continue
-        if patches:
-            found[path] = patches
+        found += [(path, patch) for patch in patches]
     return found
 
 
-def apply_roots(edits: Edits, patches: Patched) -> None:
+def apply_roots(edits: Edits, patches: Sequence[tuple[str, Patch]]) -> None:
     """Put the dense sizes under the roots."""
-    for path, several in patches.items():
+    for path, patch in patches:
         module = edits.model.get_submodule(path)
-        edits.set_class(module, patched_class(type(module), several))
+        edits.set_class(module, patched_class(type(module), (patch,)))
 
 
 def _shrunk_sums(replay: Replay, path: str) -> tuple[tuple[int, int], ...]:

@@ -21,10 +21,11 @@ from maskprop.align.plan import Plan
 from maskprop.errors import ArchitectureError, LoadError, PlanError
 from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
-from maskprop.rewrite.authored import NoSource, Patch, patched_class
+from maskprop.rewrite.authored import NoSource, Patch
 from maskprop.rewrite.dead import Constant
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import build_class
+from maskprop.rewrite.patched import patched_class
 from maskprop.rewrite.vetting import names_in, vet
 
 RECORD = "_maskprop_record"

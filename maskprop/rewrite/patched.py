@@ -1,0 +1,242 @@
+"""A subclass of an author's class in which expressions are changed: see :class:`maskprop.rewrite.authored.Patch`."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskprop.rewrite.authored import (
+    Chain,
+    NoSource,
+    Patch,
+    Span,
+    definition_of,
+    digest_of,
+    find,
+    plain_function,
+    resolve,
+)
+
+# -- what patched code calls --------------------------------------------------------------------
+
+
+def scaled(changes: tuple[tuple[int, int, int], ...], *sizes: Any) -> tuple[Any, ...]:
+    """Sizes with those at some axes times a ratio; -1 stays."""
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    found = list(sizes)
+    for axis, numerator, denominator in changes:
+        if found[axis] != -1:
+            found[axis] = found[axis] * numerator // denominator
+    return tuple(found)
+
+
+def instead(number: float, value: Any) -> Any:
+    """A tensor stays; a number becomes another."""
+    return value if isinstance(value, Tensor) else number
+
+
+def dense_size(sizes: tuple[tuple[int, int], ...], size: Any) -> Any:
+    """What a size was before it shrank; whatever else stays."""
+    return dict(sizes).get(size, size) if type(size) is int else size
+
+
+def dense_scale(sizes: tuple[tuple[int, int], ...], query: Tensor) -> float:
+    """What ``scaled_dot_product_attention`` multiplies its scores by."""
+    return float(dense_size(sizes, query.shape[-1]) ** -0.5)
+
+
+_HELPERS: dict[str, Callable[..., Any]] = {
+    "maskprop_scaled": scaled,
+    "maskprop_instead": instead,
+    "maskprop_dense_size": dense_size,
+    "maskprop_dense_scale": dense_scale,
+}
+
+
+# -- building -----------------------------------------------------------------------------------
+
+
+def patched_class(base: type, patches: tuple[Patch, ...]) -> type:
+    """A subclass of the author's class in which some expressions are changed.
+
+    Args:
+        base: the author's class, or one made here, whose patches come first; a setting is changed once.
+        patches: in order.
+
+    Raises:
+        NoSource: an expression is not where the patches were made for.
+    """
+    new = {(p.place, p.at) for p in patches if p.kind == "setting"}
+    before = [p for p in getattr(base, "generated_patches", ()) if (p.place, p.at) not in new]
+    return _build(getattr(base, "generated_from", base), (*before, *patches))
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """The settings that a patched class reads otherwise than its config says."""
+    return {str(p.at): p.value for p in getattr(cls, "generated_patches", ()) if p.kind == "setting"}
+
+
+@functools.cache
+def _build(base: type, patches: tuple[Patch, ...]) -> type:
+    by_chain: dict[Chain, list[Patch]] = {(("forward",), ()): []}
+    for patch in patches:
+        names, sites = patch.place.chain
+        if patch.place.digest != digest_of(base, names):
+            raise NoSource(f"{'.'.join(names)} of {base.__name__} is not what its patches were made for")
+        for n in range(1, len(names)):  # whoever calls a changed function changes too
+            by_chain.setdefault((names[:n], sites[: n - 1]), [])
+        by_chain.setdefault((names, sites), []).append(patch)
+    built: dict[Chain, Any] = {}
+    sources: list[str] = []
+    for names, sites in sorted(by_chain, key=lambda chain: len(chain[0]), reverse=True):
+        called = {s[-1]: f for (n, s), f in built.items() if n[:-1] == names and s[:-1] == sites}
+        built[names, sites], source = _compile(base, names, by_chain[names, sites], called)
+        sources.append(source)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return rebuild_patched, (base, patches), self.__dict__.copy()
+
+    members = {
+        "__doc__": f"{base.__name__} with a forward in which maskprop changed numbers that the author wrote.",
+        "__module__": base.__module__,
+        "__reduce_ex__": __reduce_ex__,
+        "forward": built[("forward",), ()],
+        "generated_from": base,
+        "generated_patches": patches,
+        "generated_text": "\n\n".join(reversed(sources)),
+    }
+    return type(base.__name__, (base,), members)
+
+
+def rebuild_patched(base: type, patches: tuple[Patch, ...]) -> nn.Module:
+    """An empty module of a patched class, for ``pickle``."""
+    module: Any = object.__new__(_build(base, patches))
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _compile(
+    base: type, names: tuple[str, ...], patches: Sequence[Patch], called: Mapping[Span, Any]
+) -> tuple[Any, str]:
+    """A function with its patches, and its source. What it calls in changed form becomes a closure's variable."""
+    original = resolve(base, names)
+    definition = definition_of(original)
+    made = copy.deepcopy(definition)
+    for patch in patches:
+        made = ast.fix_missing_locations(_Rewrite(made, patch).visit(made))
+    changed = {f"maskprop_{i}": function for i, function in enumerate(called.values())}
+    for name, site in zip(changed, called, strict=True):
+        _redirect(find(made, site), name)
+    for argument in ast.walk(made.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    made.returns = None
+    cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
+    owner = next((b for b in base.__mro__ if names[-1].removeprefix("self.") in vars(b)), base)
+    scope: dict[str, Any] = (
+        {n: c.cell_contents for n, c in cells.items()} | {"__class__": owner} | _HELPERS | {**changed}
+    )
+    factory = ast.parse(f"def factory({', '.join(scope)}):\n    return {made.name}").body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.body.insert(0, made)
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    flags = original.__code__.co_flags & __future__.annotations.compiler_flag
+    local: dict[str, Any] = {}
+    code = compile(module, original.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    exec(code, original.__globals__, local)
+    function = local["factory"](**scope)
+    bare = plain_function(function)
+    if bare is not None:
+        bare.__annotations__, bare.__qualname__ = original.__annotations__, original.__qualname__
+    return function, ast.unparse(made)
+
+
+def _redirect(call: ast.AST, name: str) -> None:
+    """Let a call mean a changed copy of what it called."""
+    assert isinstance(call, ast.Call)
+    if isinstance(call.func, ast.Attribute):
+        call.args.insert(0, call.func.value)
+    call.func = ast.copy_location(ast.Name(name, ast.Load()), call.func)
+
+
+class _Rewrite(ast.NodeTransformer):
+    """Changes the expression of one patch."""
+
+    def __init__(self, definition: ast.FunctionDef, patch: Patch) -> None:
+        self.patch = patch
+        self.target = find(definition, patch.place.span)
+
+    def visit(self, node: ast.AST) -> Any:
+        node = self.generic_visit(node)
+        if node is not self.target:
+            return node
+        patch = self.patch
+        if patch.kind == "setting":
+            node = _constant(patch.value)
+        elif patch.kind == "number":
+            if isinstance(node, ast.BinOp):
+                node.left, node.right = self._instead(node.left), self._instead(node.right)
+            elif isinstance(node, ast.AugAssign):
+                node.value = self._instead(node.value)
+            elif isinstance(node, ast.Call):
+                node.args = [self._instead(a) for a in node.args]
+        elif patch.kind == "root":
+            self._set_root(node)
+        elif isinstance(node, ast.Call) and patch.kind == "argument":
+            self._set_argument(node)
+        elif isinstance(node, ast.Call) and patch.kind == "parts":
+            self._set_parts(node)
+        elif isinstance(node, ast.Call) and isinstance(patch.at, int):
+            node.args[patch.at :] = self._scaled(node.args[patch.at :])
+        return ast.copy_location(node, self.target)
+
+    def _scaled(self, sizes: list[ast.expr]) -> list[ast.expr]:
+        literals = [sizes[axis] if axis < len(sizes) else None for axis, _, _ in self.patch.value]
+        if all(isinstance(size, ast.Constant) for size in literals):
+            for axis, numerator, denominator in self.patch.value:
+                sizes[axis] = _constant(ast.literal_eval(sizes[axis]) * numerator // denominator)
+            return sizes
+        return [ast.Call(ast.Name("maskprop_scaled", ast.Load()), [_constant(self.patch.value), *sizes], [])]
+
+    def _set_argument(self, call: ast.Call) -> None:
+        at, value = self.patch.at, _constant(self.patch.value)
+        if isinstance(at, int):
+            call.args[at] = value
+        else:
+            call.keywords = [k for k in call.keywords if k.arg != at] + [ast.keyword(at, value)]
+
+    def _set_root(self, node: ast.AST) -> None:
+        sizes = _constant(self.patch.value)
+        if isinstance(node, ast.BinOp):
+            node.left = ast.Call(ast.Name("maskprop_dense_size", ast.Load()), [sizes, node.left], [])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scaled_dot_product_attention"):
+            scale = ast.Call(ast.Name("maskprop_dense_scale", ast.Load()), [sizes, copy.deepcopy(node.args[0])], [])
+            node.keywords.append(ast.keyword("scale", scale))
+        elif isinstance(node, ast.Call):
+            node.args[0] = ast.Call(ast.Name("maskprop_dense_size", ast.Load()), [sizes, node.args[0]], [])
+
+    def _set_parts(self, call: ast.Call) -> None:
+        """``chunk(3, dim)`` or ``split(4, dim)`` becomes ``split((4, 4, 2), dim)``."""
+        assert isinstance(self.patch.at, int)
+        if isinstance(call.func, ast.Attribute):
+            call.func.attr = "split"
+        first = len(call.args) > self.patch.at
+        call.args[self.patch.at : self.patch.at + first] = [_constant(self.patch.value)]
+        call.keywords = [k for k in call.keywords if k.arg in ("dim", "input", "tensor")]
+
+    def _instead(self, value: ast.expr) -> ast.expr:
+        number = _constant(self.patch.value)
+        if isinstance(value, ast.Constant):
+            return number
+        return ast.Call(ast.Name("maskprop_instead", ast.Load()), [number, value], [])
+
+
+def _constant(value: Any) -> ast.expr:
+    return ast.parse(repr(value), mode="eval").body
