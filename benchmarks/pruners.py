@@ -134,6 +134,9 @@ def prune(name: str, ratio: float, model: nn.Module, digits: Digits, seed: int) 
         options["score"] = Random(seed)
     if name == "batch norm scale (Slim)":
         options["ranking"] = "local"
+    if name == "movement":  # hides more and more units over the middle of the epoch that it trains
+        steps = -(-len(digits.images) // 64)
+        options |= {"warmup_step": steps // 10, "cooldown_begin_step": 7 * steps // 10}
     pruner = STRUCTURED[name](model, ratio, **options)
     if isinstance(pruner, mp.MovementPruner):  # these two train a little first: one epoch
         train(model, digits, 1, seed, 1e-3, before_step=pruner.step)

@@ -82,6 +82,15 @@ class Explanation:
                 lines.append(f"      {' → '.join(reason.path)}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from maskprop.view.tables import html_table
+
+        rows = (
+            (ranges(units), "left" if r.left else "kept", r.text, " → ".join(r.path)) for r, units in self._grouped()
+        )
+        caption = f"{self.parameter}, axis {self.axis}: {len(self.stayed)} of {len(self.units)} units stay"
+        return html_table(caption, ("units", "", "reason", "path"), rows)
+
 
 @dataclass(frozen=True)
 class Kept:

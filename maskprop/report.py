@@ -196,7 +196,7 @@ class Report:
             if all_layers or layer.before != layer.after or layer.parameters_before != layer.parameters_after:
                 share = 1 - layer.parameters_after / layer.parameters_before if layer.parameters_before else 0.0
                 table.add_row(
-                    layer.path,
+                    layer.path or "(the model)",
                     layer.kind,
                     _by(layer.before),
                     _by(layer.after),

@@ -37,6 +37,10 @@ def test_a_pruned_channel_stays_where_it_meets_a_live_one(generator: torch.Gener
     assert found.units[0].text == "'block.conv1' reads it"
     assert "kept 1: it meets 'block.conv2' at add" in str(found)
     assert found.to_dict()["reasons"][0]["units"] == [0, 3, 4, 5, 6, 7]
+    in_notebook = found._repr_html_()
+    assert "stem.weight, axis 0: 7 of 8 units stay" in in_notebook
+    assert ">0, 3-7</td>" in in_notebook
+    assert "&#x27;block.conv2&#x27; at add" in in_notebook
 
 
 def test_units_that_left_say_where_their_constant_went(generator: torch.Generator) -> None:

@@ -259,6 +259,9 @@ def test_prints_as_a_table_and_draws(tmp_path: Path) -> None:
     model, x = build("grouped queries")
     groups = prunable_groups(model, x)
     assert all(g.name in str(groups) for g in groups)
+    in_notebook = groups._repr_html_()
+    assert all(f">{g.name}</td>" in in_notebook for g in groups)
+    assert f">{groups[0].cost.flops:,}</td>" in in_notebook
     for suffix in ("svg", "png"):
         groups.draw(tmp_path / f"groups.{suffix}")
         assert (tmp_path / f"groups.{suffix}").stat().st_size > 1000

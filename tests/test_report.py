@@ -18,6 +18,7 @@ from torch import nn
 from maskprop import ModelSpeedup, Report
 from maskprop.measure import count_flops, count_parameters
 from maskprop.view.network import network
+from maskprop.view.page import _COLUMN, _HEIGHT, _ROW, _WIDTH, _edge
 from tests.models import ConvNet, LeNet, Transformer, example, randomise, rows, sped_up
 
 
@@ -125,6 +126,25 @@ def test_page_escapes_names(generator: torch.Generator) -> None:
     speedup = ModelSpeedup(model, torch.randn(2, 4, generator=generator), masks)
     speedup.speedup_model()
     assert "<script>alert" not in speedup.report.to_html()
+
+
+def test_lines_lead_around_boxes(generator: torch.Generator) -> None:
+    """No line of the drawing runs behind a box that it does not belong to, as a residual sum's would."""
+    made = network(sped_up(ConvNet(), generator).explainer)
+    around = 0
+    for above, below in made.edges:
+        a, b = made.boxes[above], made.boxes[below]
+        x0, y0, *curve = map(float, re.findall(r"-?\d+", _edge(a, b, made)))
+        around += max(curve[::2]) > max(a.x, b.x) * _COLUMN + _WIDTH / 2
+        for t in torch.linspace(0, 1, 50).tolist():
+            x, y = (
+                (1 - t) ** 3 * start + 3 * t * (1 - t) ** 2 * c0 + 3 * t**2 * (1 - t) * c1 + t**3 * end
+                for start, c0, c1, end in ((x0, *curve[::2]), (y0, *curve[1::2]))
+            )
+            for box in made.boxes.values():
+                inside = abs(x - box.x * _COLUMN) < _WIDTH / 2 and box.y * _ROW < y < box.y * _ROW + _HEIGHT
+                assert not inside or box in (a, b), (above, below, box.name)
+    assert around > 0
 
 
 def test_coupled_layers_share_a_colour(generator: torch.Generator) -> None:

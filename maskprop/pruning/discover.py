@@ -87,15 +87,16 @@ class _Discovery:
         """(classes, units): which labels' groups leave with a unit, rows of rows included."""
         count, units, triples = self.classes, self.s.units, self.s.base.triples
         ones = np.ones(len(units), dtype=np.int32)
-        total = step = csr_matrix((ones, (units, np.arange(len(units)))), shape=(count, len(units)))
+        total = csr_matrix((ones, (units, np.arange(len(units)))), shape=(count, len(units)))
         if len(triples):
             rows = np.concatenate([triples[:, 0], triples[:, 0]])
             parents = np.concatenate([triples[:, 1], triples[:, 2]])
             up = csr_matrix((np.ones(len(rows), dtype=np.int32), (rows, parents)), shape=(count, count))
-            while step.nnz:
-                step = up @ step
-                total = total + step
-        total.data[:] = 1
+            found = -1
+            while total.nnz > found:  # rows of rows may lead in circles
+                found = total.nnz
+                total = csr_matrix(total + up @ total)
+                total.data[:] = 1
         return csc_matrix(total)
 
     def _incidence(self, arrays: list[Ints]) -> csr_matrix:

@@ -27,6 +27,9 @@ from maskprop.rewrite.edits import tensor_of
 if TYPE_CHECKING:
     from maskprop.pruning.structure import Cost, Structure
 
+_COLUMNS = (
+    "group", "granularity", "default", "units", "parameters a unit", "FLOPs a unit", "producers", "consumers",
+)  # fmt: skip
 GRANULARITIES = ("channel", "channel group", "head", "head dim", "query group", "expert")
 
 
@@ -286,29 +289,23 @@ class Groups(Sequence[Group]):
     def table(self) -> Table:
         """One line a group."""
         table = Table()
-        for title in (
-            "group",
-            "granularity",
-            "default",
-            "units",
-            "parameters a unit",
-            "FLOPs a unit",
-            "producers",
-            "consumers",
-        ):
+        for title in _COLUMNS:
             table.add_column(title, justify="right" if "unit" in title else "left", overflow="fold")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        """What :data:`_COLUMNS` name, a row a group."""
         for g in self:
             cost = (f"{g.cost.parameters:,}", f"{g.cost.flops:,}") if g.structure is not None else ("?", "?")
-            table.add_row(
-                g.name,
-                g.granularity,
-                "yes" if g.default else "no",
-                str(g.size),
-                *cost,
-                str(len(g.modules)),
-                str(len(g.consumers)),
-            )
-        return table
+            default = "yes" if g.default else "no"
+            yield g.name, g.granularity, default, str(g.size), *cost, str(len(g.modules)), str(len(g.consumers))
+
+    def _repr_html_(self) -> str:
+        from maskprop.view.tables import html_table
+
+        return html_table(f"{type(self.model).__name__}: {len(self)} prunable groups", _COLUMNS, self._rows())
 
     def __str__(self) -> str:
         console = Console(width=140, file=None, record=True, quiet=False)

@@ -26,7 +26,7 @@ def figure(report: Report) -> Figure:
     places = range(len(layers))
     axes.barh(places, [layer.width_before for layer in layers], color="#d0d7de", label="before")
     axes.barh(places, [layer.width_after for layer in layers], color="#2f6f9f", label="after")
-    axes.set_yticks(places, [layer.path for layer in layers], fontsize=7)
+    axes.set_yticks(places, [layer.path or "(the model)" for layer in layers], fontsize=7)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel("units along the output axis")

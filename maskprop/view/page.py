@@ -17,6 +17,7 @@ _STYLE = _FILES.joinpath("page.css").read_text(encoding="utf-8")
 _SCRIPT = _FILES.joinpath("page.js").read_text(encoding="utf-8")
 
 _ROW, _COLUMN, _WIDTH, _HEIGHT = 46, 190, 170, 26
+_BOW = 90  # how far a line may lead around boxes
 
 
 def page(report: Report) -> str:
@@ -72,7 +73,7 @@ def _width_row(layer: Layer, widest: int) -> str:
     bar = f'<i style="width:{100 * after / max(before, 1):.1f}%"></i>'
     units = f"{before}" if before == after else f"{before} → {after}"
     return (
-        f'<tr><td>{escape(layer.path)}</td><td class="soft">{escape(layer.kind)}</td>'
+        f'<tr><td>{escape(layer.path) or "(the model)"}</td><td class="soft">{escape(layer.kind)}</td>'
         f'<td><div class="bar" style="width:{100 * before / widest:.1f}%">{bar}</div></td>'
         f'<td class="num">{units}</td>'
         f'<td class="num">{layer.parameters_before:,} → {layer.parameters_after:,}</td></tr>'
@@ -83,8 +84,8 @@ def _graph(report: Report) -> str:
     if report.explainer is None:
         return ""
     note = "Boxes of one colour hold units that leave together. Drag to move, scroll to zoom."
-    buttons = (("in", "+"), ("out", "−"), ("fit", "⤢"))
-    nav = "".join(f'<button data-zoom="{key}" title="{key}">{sign}</button>' for key, sign in buttons)
+    buttons = (("in", "+", "larger"), ("out", "−", "smaller"), ("all", "⤢", "the whole graph, or its start"))
+    nav = "".join(f'<button data-zoom="{key}" title="{title}">{sign}</button>' for key, sign, title in buttons)
     drawing = f'<div class="graph">{_svg(network(report.explainer))}<nav>{nav}</nav></div>'
     return f'<h2>Coupling</h2><p class="soft">{note}</p>{drawing}'
 
@@ -92,16 +93,29 @@ def _graph(report: Report) -> str:
 def _svg(made: Network) -> str:
     boxes = made.boxes.values()
     left = min((b.x for b in boxes), default=0.0) * _COLUMN - _WIDTH
-    right = max((b.x for b in boxes), default=0.0) * _COLUMN + _WIDTH
+    right = max((b.x for b in boxes), default=0.0) * _COLUMN + _WIDTH + _BOW
     height = (max((b.y for b in boxes), default=0) + 1) * _ROW + 20
     view = f"{left:.0f} -20 {right - left:.0f} {height}"
-    edges = "".join(_edge(made.boxes[a], made.boxes[b]) for a, b in made.edges)
+    edges = "".join(_edge(made.boxes[a], made.boxes[b], made) for a, b in made.edges)
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}">{edges}{"".join(map(_box, boxes))}</svg>'
 
 
-def _edge(above: Box, below: Box) -> str:
+def _edge(above: Box, below: Box, made: Network) -> str:
+    """A line down; around the right side of boxes that stand between, as a residual block's do."""
     x0, y0, x1, y1 = above.x * _COLUMN, above.y * _ROW + _HEIGHT, below.x * _COLUMN, below.y * _ROW
-    return f'<path d="M{x0:.0f} {y0} C{x0:.0f} {y0 + 14} {x1:.0f} {y1 - 14} {x1:.0f} {y1}"/>'
+    if not any(_between(box, above, below) for box in made.boxes.values()):
+        return f'<path d="M{x0:.0f} {y0} C{x0:.0f} {y0 + 14} {x1:.0f} {y1 - 14} {x1:.0f} {y1}"/>'
+    x0, x1, y0, y1 = x0 + _WIDTH / 2, x1 + _WIDTH / 2, y0 - _HEIGHT // 2, y1 + _HEIGHT // 2
+    out = max(x0, x1) + min(16 + 8 * (below.y - above.y), _BOW)
+    return f'<path d="M{x0:.0f} {y0} C{out:.0f} {y0 + 10} {out:.0f} {y1 - 10} {x1:.0f} {y1}"/>'
+
+
+def _between(box: Box, above: Box, below: Box) -> bool:
+    """Whether a straight line from one box to another crosses a third."""
+    if not above.y < box.y < below.y:
+        return False
+    x = above.x + (below.x - above.x) * (box.y - above.y) / (below.y - above.y)
+    return abs(box.x - x) * _COLUMN < _WIDTH / 2
 
 
 def _box(box: Box) -> str:
