@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,36 @@ def test_training_goes_on(generator: torch.Generator, tmp_path: Path) -> None:
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
     assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight  # tied still
+
+
+def test_trainer(generator: torch.Generator, tmp_path: Path) -> None:
+    """The loaded model is no quantised one: transformers' own trainer takes it, and it is cast both ways."""
+    hf.save_pretrained(compact("llama", generator, uniform=False), tmp_path / "small")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    ids = torch.randint(0, 50, (6, 7), generator=generator)
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(loaded, settings, train_dataset=[{"input_ids": i, "labels": i} for i in ids])
+    result = trainer.train()
+    assert result.global_step == 3
+    assert math.isfinite(result.training_loss)
+    assert not any(torch.equal(p, before[name]) for name, p in loaded.named_parameters())
+    hf.save_pretrained(trainer.model, tmp_path / "trained")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    same(loaded.eval(), again, generator)
+    half = copy.deepcopy(again).half()
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    for (name, p), q in zip(half.float().named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q.half().float()), name
 
 
 def test_a_dense_model_saves_as_ever(generator: torch.Generator, tmp_path: Path) -> None:
