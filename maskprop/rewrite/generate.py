@@ -225,11 +225,13 @@ class _Generator:
             "tile",
         ):
             self._mend_sizes(node, env, name, want, shapes[0] or ())
-        elif name in ("split", "split_with_sizes"):
+        elif name in ("split", "split_with_sizes", "chunk"):
             dim = _split_dim(node)
             sizes = [s[dim] for s in shapes if s is not None]
             equal = len(set(sizes)) == 1 and want.target is not aten.split_with_sizes.default
             node.args = (node.args[0], sizes[0] if equal else sizes, *node.args[2:])
+            if name == "chunk":  # it takes how many parts, not their sizes
+                node.target = "split" if node.op == "call_method" else torch.split
         elif name in ("getitem", "setitem"):
             items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
             made = tuple(self._mend_slice(item, env) if isinstance(item, slice) else item for item in items)
