@@ -21,6 +21,7 @@ from torture import (  # noqa: F401
     hidden,
     layers,
     norms,
+    numbers,
     positions,
     precision,
     python,

@@ -49,6 +49,15 @@ class Alignment:
         kept[axis] = mask[(slice(None),) * axis + (slice(bound),)]
         return _count(kept, axis) if bound else 0
 
+    def kept_part(self, node: fx.Node, value: Tensor) -> Tensor | None:
+        """What stays of a recorded value; ``None`` where the choice along an axis varies along another."""
+        for axis, mask in enumerate(self._kept(self.coupling.labels.get(node))):
+            if mask is not None and not mask.all():
+                if mask.size != mask.shape[axis]:
+                    return None
+                value = value.index_select(axis, torch.from_numpy(np.flatnonzero(mask)))
+        return value
+
     def _kept(self, labels: Labels | None) -> list[Bools | None]:
         """Which units stay, an array an axis; empty if all do."""
         if labels is None or all(a is None for a in labels):

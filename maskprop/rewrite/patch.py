@@ -39,12 +39,16 @@ from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import attention_scale
 from maskprop.rewrite.patched import patched_class
-from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.replay import Mismatch, Replay, number_arguments
 
 log = logging.getLogger(__name__)
 
 # How many expressions of one forward may be changed.
 MAX_PATCHES = 16
+# How many numbers of a constant may be written into a forward.
+MAX_NUMBERS = 256
+# Calls that make a tensor of the numbers in their first argument.
+_MAKE_CONSTANTS = ("tensor", "as_tensor", "FloatTensor", "LongTensor")
 # Names of calls that take sizes, and how many arguments stand before those: of a method, of a function.
 _SIZED = {
     "view": (0, None), "reshape": (0, 1), "expand": (0, None), "broadcast_to": (0, 1), "unflatten": (1, 2),
@@ -116,7 +120,10 @@ class _Patcher:
         raise NoSource(f"{MAX_PATCHES} changes did not make it follow")
 
     def _replay(self) -> tuple[Mismatch | None, Frames]:
-        """Run the module alone and compare; where in the author's code the first mismatch arose."""
+        """Run the module alone and compare; where in the author's code the first mismatch arose.
+
+        Where a constant differs, that is where the constant was made.
+        """
         error = None
         args, kwargs = _call_arguments(self.module, self.arguments.values(self.replay.alignment.expected_shape))
         with frozen_state(self.edits.model), torch.no_grad(), plain_kernels(), quiet(), self.arguments.fake:
@@ -145,6 +152,8 @@ class _Patcher:
         expression = expression_at(cls, place)
         shapes = self.replay.shapes[want]
         name = _name(expression)
+        if isinstance(mismatch.wanted, Tensor):
+            return self._constant(place, expression, mismatch.wanted)
         if name == "scaled_dot_product_attention":
             ops = self.dense[self.dense.index(want) :]
             return Patch(place, "argument", "scale", attention_scale(ops))
@@ -159,11 +168,12 @@ class _Patcher:
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
-        if name == "tensor" and isinstance(mismatch.wanted, Tensor) and mismatch.wanted.numel() == 1:
-            return Patch(place, "argument", 0, mismatch.wanted.tolist())
         scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
-            return Patch(place, "number", 0, scalars[0])
+            names = [name for _, name, _ in number_arguments(want.target)]
+            given = expression.keywords if isinstance(expression, ast.Call) else []
+            named = next((k.arg for k in given if k.arg in names), None)
+            return Patch(place, "number", 0, scalars[0]) if named is None else Patch(place, "argument", named, *scalars)
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
 
     @staticmethod
@@ -194,6 +204,15 @@ class _Patcher:
         sizes = tuple(s[axes[0]] for s in planned)
         before = 1 if self._is_function(place, expression) else 0
         return Patch(place, "parts", before, sizes)
+
+    @staticmethod
+    def _constant(place: Place, expression: ast.expr | ast.stmt, wanted: Tensor) -> Patch:
+        """Write what stays of a constant over the numbers that it is made of."""
+        if _name(expression) not in _MAKE_CONSTANTS or not isinstance(expression, ast.Call) or not expression.args:
+            raise NoSource(f"'{ast.unparse(expression)}' makes a constant in a way that is not understood")
+        if wanted.numel() > MAX_NUMBERS or wanted.is_complex() or not bool(wanted.isfinite().all()):
+            raise NoSource(f"a constant of shape {tuple(wanted.shape)} is not written down")
+        return Patch(place, "argument", 0, _as_tuples(wanted.tolist()))
 
     def _is_function(self, place: Place, call: ast.Call) -> bool:
         """Whether a call's receiver is a module such as ``torch``, not a tensor."""
@@ -291,6 +310,11 @@ def _call_arguments(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple
     bound = inspect.signature(type(module).forward).bind_partial(module)
     bound.arguments.update(values)
     return bound.args[1:], bound.kwargs
+
+
+def _as_tuples(value: Any) -> Any:
+    """Nested lists as tuples, which cannot be changed."""
+    return tuple(_as_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _name(expression: ast.expr | ast.stmt) -> str:

@@ -38,8 +38,12 @@ def scaled(changes: tuple[tuple[int, int, int], ...], *sizes: Any) -> tuple[Any,
 
 
 def instead(number: float, value: Any) -> Any:
-    """A tensor stays; a number becomes another."""
-    return value if isinstance(value, Tensor) else number
+    """A number becomes another; a tensor, or sizes, stay."""
+    return number if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def dense_size(sizes: tuple[tuple[int, int], ...], size: Any) -> Any:
@@ -234,7 +238,7 @@ class _Rewrite(ast.NodeTransformer):
     def _instead(self, value: ast.expr) -> ast.expr:
         number = _constant(self.patch.value)
         if isinstance(value, ast.Constant):
-            return number
+            return number if _is_number(value.value) else value
         return ast.Call(ast.Name("maskprop_instead", ast.Load()), [number, value], [])
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from maskprop.align.align import Alignment
 from maskprop.align.constants import number_at
@@ -31,6 +33,8 @@ _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
 }  # fmt: skip
+# Types of arguments that may hold a number to compute with; sizes and axes are of type int.
+_NUMBERS = ("Tensor", "number", "float", "Optional[number]", "Optional[float]")
 _SAME = {
     aten._unsafe_view.default: aten.view.default,
     aten.reshape.default: aten.view.default,
@@ -221,12 +225,11 @@ class Replay:
             return f"a slice from {self._starts[want]}", f"one from {_start(got, _in_shape(got))}"
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
             left, right = self._constant(a), self._constant(b)
-            if left is not None and right is not None and not torch.equal(left, right):
+            if left is not None and right is not None and not _equal(left, right):
                 return left, right
-        if torch.Tag.pointwise in want.target.tags or want in self.alignment.numbers:  # type: ignore[union-attr]
-            for x, y in zip(self.numbers(want), self.numbers(got), strict=False):
-                if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
-                    return x, y
+        for (x, _), (y, _) in zip(self._numbers(want), self._numbers(got), strict=False):
+            if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
+                return x, y
         return None
 
     def _expected_start(self, node: fx.Node) -> int | None:
@@ -236,37 +239,59 @@ class Replay:
         return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
 
     def numbers(self, node: fx.Node) -> list[float]:
-        """The numbers among an op's arguments, as the plan wants them."""
+        """The numbers that a call gives its op to compute with, as the plan wants them."""
+        return [number for number, given in self._numbers(node) if given]
+
+    def _numbers(self, node: fx.Node) -> list[tuple[float, bool]]:
+        """The numbers that an op computes with, defaults too, and whether the call gives them."""
         position, planned = self.alignment.numbers.get(node, (-1, 0.0))
-        found = []
-        for i, arg in enumerate(node.args):
+        found: list[tuple[float, bool]] = []
+        for i, name, default in number_arguments(node.target):
+            given = i < len(node.args) or name in node.kwargs
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
             if i == position:
-                found.append(planned)
-            elif isinstance(arg, (int, float)) and not isinstance(arg, bool):
-                found.append(arg)
-            elif arg is None and node.target is aten._fused_rms_norm.default:
-                found.append(number_at(node, i))
+                found.append((planned, True))
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append((value, given))
+            elif value is None and node.target is aten._fused_rms_norm.default:
+                found.append((number_at(node, i), True))
         return found
 
     def maker(self, node: fx.Node, constant: Any) -> fx.Node | None:
         """The op by which a constant of ``forward`` that an op reads came to be."""
         for source in node.all_input_nodes:
             if isinstance(constant, Tensor) and self._constant(source) is constant:
-                return _through_layout(source)
+                return _made(source)
         return None
 
     def _constant(self, node: fx.Node) -> Tensor | None:
-        """The value of a constant of ``forward``, read through ops that do not change it."""
-        node = _through_layout(node)
+        """What stays of a constant of ``forward``, read through ops that do not change its values."""
+        node = _made(node)
         found = self._constants.get(node) if "lifted" in node.meta else None
-        return None if found is None or found.is_meta else found  # on the meta device shapes have to do
+        if found is None or found.is_meta:  # on the meta device shapes have to do
+            return None
+        return self.alignment.kept_part(node, found)
 
 
-def _through_layout(node: fx.Node) -> fx.Node:
-    """What a value was before it was only laid out otherwise."""
-    while node.target in _LAYOUT and node.all_input_nodes:
+def _made(node: fx.Node) -> fx.Node:
+    """Where a value comes from, before ops that move it only."""
+    while (node.target in _LAYOUT or node.target in _RESHAPES) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+@functools.cache
+def number_arguments(op: OpOverload) -> list[tuple[int, str, Any]]:
+    """Arguments that hold a number to compute with, not a size: position, name and default."""
+    return [
+        (i, a.name, a.default_value if a.has_default_value() else None)
+        for i, a in enumerate(op._schema.arguments)
+        if str(a.real_type) in _NUMBERS
+    ]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None, strict: bool) -> bool:

@@ -1,0 +1,106 @@
+"""Values that ``forward`` makes of sizes: a smaller model must not compute with smaller numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torture import CASES, Case, case, vectors
+
+ROWS = {"a.weight": ([0, 1],), "a.bias": ([0, 1],)}
+LEFT = {"a.weight": (6, 6), "a.bias": (6,), "b.weight": (3, 6)}
+
+
+class Hidden(nn.Module):
+    """What happens between two layers of eight units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.change(self.a(x)))
+
+    def change(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@case(vectors(6), ROWS, LEFT)
+class FilledLike(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h * torch.full_like(h, 1.0 / h.shape[1])
+
+
+@case(vectors(6), ROWS, LEFT)
+class FilledNew(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h * h.new_full((1, 1), h.shape[1])
+
+
+@case(vectors(6), ROWS, LEFT)
+class FilledInPlace(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h * torch.zeros(1).fill_(h.shape[1])
+
+
+@case(vectors(6), ROWS, LEFT)
+class FilledScalar(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h / torch.full((), float(h.shape[-1])).sqrt()
+
+
+@case(vectors(6), ROWS, LEFT)
+class SquareRoot(Hidden):
+    """as attention is scaled in papers' code"""
+
+    def change(self, h: Tensor) -> Tensor:
+        return h / torch.sqrt(torch.tensor(h.shape[-1], dtype=torch.float32))
+
+
+@case(vectors(6), ROWS, LEFT)
+class Alpha(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return torch.add(h, h.sin(), alpha=1 / h.shape[1])
+
+
+@case(vectors(6), ROWS, LEFT)
+class PlacesAsList(Hidden):
+    """a number for each unit, made anew in every call"""
+
+    def change(self, h: Tensor) -> Tensor:
+        return h * torch.tensor([i + 0.5 for i in range(h.shape[-1])])
+
+
+class Slopes(nn.Module):
+    """ALiBi (Press et al., 2022): a slope for each head, by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 4, 4
+        self.qkv, self.out = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (one(x).view(b, t, self.heads, self.dim).transpose(1, 2) for one in self.qkv)
+        slopes = torch.tensor([2.0 ** -(i + 1) for i in range(self.heads)])
+        far = torch.arange(t)[None] - torch.arange(t)[:, None]
+        weights = (q @ k.transpose(-1, -2) * self.dim**-0.5 + slopes[:, None, None] * far).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, self.heads * self.dim))
+
+
+CASES["SlopesOfHeads"] = Case(
+    Slopes,
+    vectors(5, 16),
+    {"out.weight": (slice(None), slice(4, 8))},
+    {
+        **{f"qkv.{i}.weight": (12, 16) for i in range(3)},
+        **{f"qkv.{i}.bias": (12,) for i in range(3)},
+        "out.weight": (16, 12),
+    },
+)
+
+
+@case(vectors(6), ROWS, LEFT)
+class FilledByName(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h * torch.full((1,), fill_value=1 / h.shape[1])
