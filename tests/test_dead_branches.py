@@ -194,3 +194,25 @@ def test_the_result_lives_on(tmp_path: Path) -> None:
     assert count_parameters(model) == before
     model.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_a_branch_behind_a_scale_of_zero(shape: tuple[int, ...]) -> None:
+    """As in ReZero (one number, Bachlechner et al., 2021) and in LayerScale (one a channel)."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(shape) + 1)
+            self.branch, self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.scale * self.branch(x))
+
+    model = Scaled().eval()
+    masks = {"scale": torch.zeros(shape)}
+    masked = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 6), masks).speedup_model()
+    x = torch.randn(3, 6)
+    assert error(model(x), masked(x)) < TOLERANCE
+    assert count_parameters(model) == model.scale.numel() + count_parameters(model.head)

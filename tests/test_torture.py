@@ -15,6 +15,7 @@ from torture import (  # noqa: F401
     CASES,
     Case,
     attention,
+    calls,
     channels,
     constants,
     functions,

@@ -17,7 +17,7 @@ from maskprop.align.solve import Solution
 from maskprop.infer.coupling import Contraction, Coupling
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
-from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.places import bias_place, calls_alike, weight_place
 
 
 def fold_constants(plan: Plan, c: Coupling, s: Solution) -> None:
@@ -67,7 +67,8 @@ def _fold_bias(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solutio
 
 def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> Contraction:
     """Fold into the carrier's weights; the contraction with what is left for a bias."""
-    found = weight_place(k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1])
+    weight_node = k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1]
+    found = weight_place(weight_node, len(calls_alike(k.op.node)))
     assert found is not None
     name, turned = found
     leaves = torch.from_numpy(s.leaves(k.labels))

@@ -8,7 +8,7 @@ example heads ``(1, H, 1, 1)`` and their dims ``(1, H, 1, D)``. An element leave
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from maskprop.graph.graph import shape_of
 from maskprop.infer.facts import Fact, broadcast_shape
 from maskprop.infer.op import Op
-from maskprop.infer.places import ScalePlace
+from maskprop.infer.places import ScalePlace, calls_alike
 
 Labels = list["Tensor | None"]
 
@@ -210,6 +210,16 @@ class Coupling:
         self.read.append(labels)
         shape = broadcast_shape(live.shape, labels.shape)
         self.pin(labels.expand(shape)[live.expand(shape)], reason, live=True)
+
+    def leave(self, new: Contraction) -> None:
+        """Units may leave constants here; calls of one weight leave them once."""
+        calls = calls_alike(new.op.node)
+        for i, old in enumerate(self.contractions if len(calls) > 1 else ()):
+            if old.op.node in calls:
+                constant = torch.where(old.nonzero, old.constant, new.constant)
+                self.contractions[i] = replace(old, constant=constant, nonzero=old.nonzero | new.nonzero)
+                return
+        self.contractions.append(new)
 
     def mean_of_squares(self, labels: Tensor | None, live: Tensor, place: ScalePlace | None) -> bool:
         """Zeros (what is not ``live``) may leave a mean over ``labels`` if ``place`` makes up for their number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,6 +13,7 @@ from maskprop.infer.op import Op
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_TURNS = (aten.t.default, aten.transpose.int, *_CASTS)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -29,34 +31,78 @@ class BiasPlace:
     target: str
 
 
+def calls_alike(node: fx.Node) -> list[fx.Node]:
+    """The calls that a contraction shares its weight with, itself among them, if all are alike but for their input.
+
+    A module that is called several times makes such calls. What one of them leaves in the weight or the bias, it
+    leaves in all; so they have a place together or none.
+    """
+    owner, _ = _source(Op(node).inputs[_weight_position(node)])
+    if owner.op != "get_attr" or len(owner.users) == 1:
+        return [node]
+    found: list[fx.Node] = []
+    for user in owner.users:
+        while user.target in _TURNS and _alone(user):
+            user = next(iter(user.users))
+        found.append(user)
+    return found if all(_frame(call) == _frame(node) for call in found) else [node]
+
+
 def bias_place(node: fx.Node) -> BiasPlace | None:
-    """The place for a constant added to the result of a contraction, or ``None``."""
-    op = Op(node)
-    bias = (
-        op.arg("bias")
-        if node.target is aten.convolution.default
-        else op.arg("self")
-        if node.target is aten.addmm.default
-        else None
-    )
-    if isinstance(bias, fx.Node):
-        owner = _before_casts(bias)
-        plain = op.arg("beta", 1) == 1 and op.arg("alpha", 1) == 1
-        return BiasPlace("bias", str(owner.target)) if owner.op == "get_attr" and plain and _alone(owner) else None
-    if node.target not in (aten.convolution.default, aten.mm.default):
-        return None
-    return _next_norm(node) or _next_add(node) or _new_bias(node, op)
+    """The place for a constant added to the result of a contraction (and of the calls alike), or ``None``."""
+    calls = calls_alike(node)
+    for find in (_own_bias,) if _bias_of(node) else (_next_norm, _next_add, _new_bias):
+        found = {find(call, len(calls)) for call in calls}
+        if found != {None} and len(found) == 1:
+            return found.pop()
+    return None
 
 
-def weight_place(node: fx.Node) -> tuple[str, bool] | None:
-    """The parameter that a contraction reads as its weight, and whether it is transposed on the way."""
+def _bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias that a contraction adds itself."""
+    name = {aten.convolution.default: "bias", aten.addmm.default: "self"}.get(node.target)  # type: ignore[call-overload]
+    found = None if name is None else Op(node).arg(name)
+    return found if isinstance(found, fx.Node) else None
+
+
+def _own_bias(node: fx.Node, uses: int) -> BiasPlace | None:
+    op, bias = Op(node), _bias_of(node)
+    assert bias is not None
+    owner = _before_casts(bias)
+    plain = op.arg("beta", 1) == 1 and op.arg("alpha", 1) == 1
+    alone = owner.op == "get_attr" and len(owner.users) == uses
+    return BiasPlace("bias", str(owner.target)) if plain and alone else None
+
+
+def weight_place(node: fx.Node, uses: int = 1) -> tuple[str, bool] | None:
+    """The parameter that a contraction reads as its weight, and whether it is transposed on the way.
+
+    ``uses``: how many calls are alike and read it.
+    """
+    owner, turned = _source(node)
+    return (str(owner.target), turned) if owner.op == "get_attr" and len(owner.users) == uses else None
+
+
+def _source(node: fx.Node) -> tuple[fx.Node, bool]:
+    """What a value was before turns and casts that nothing else reads, and whether it is transposed since."""
     turned = False
-    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int, *_CASTS) and _alone(node):
+    while node.op == "call_function" and node.target in _TURNS and _alone(node):
         turned ^= node.target not in _CASTS
         (node,) = node.all_input_nodes
-    if node.op == "get_attr" and len(node.users) == 1:
-        return str(node.target), turned
-    return None
+    return node, turned
+
+
+def _weight_position(node: fx.Node) -> int:
+    return 1 if node.target is aten.convolution.default else len(Op(node).inputs) - 1
+
+
+def _frame(node: fx.Node) -> tuple[Any, ...]:
+    """What a contraction has besides its input: the op, the weight, the bias, and its numbers."""
+    if node.op != "call_function" or node.target in _TURNS:
+        return (node,)
+    op, data = Op(node), 1 if node.target is aten.addmm.default else 0
+    sources = [_source(n) for i, n in enumerate(op.inputs) if i != data]
+    return node.target, sources, [a for a in node.args if not isinstance(a, fx.Node)], dict(node.kwargs)
 
 
 def is_weight(node: fx.Node) -> bool:
@@ -81,7 +127,7 @@ def _sole_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _next_norm(node: fx.Node) -> BiasPlace | None:
+def _next_norm(node: fx.Node, uses: int) -> BiasPlace | None:
     user = _sole_user(node)
     if user is None or user.target is not aten.native_batch_norm.default:
         return None
@@ -89,12 +135,12 @@ def _next_norm(node: fx.Node) -> BiasPlace | None:
     mean = norm.arg("running_mean")
     if norm.arg("training"):
         return BiasPlace("cancel", "")
-    if isinstance(mean, fx.Node) and mean.op == "get_attr" and len(mean.users) == 1:
+    if isinstance(mean, fx.Node) and mean.op == "get_attr" and len(mean.users) == uses:
         return BiasPlace("running_mean", str(mean.target))
     return None
 
 
-def _next_add(node: fx.Node) -> BiasPlace | None:
+def _next_add(node: fx.Node, uses: int) -> BiasPlace | None:
     """A linear whose bias is added by a call of its own (after a view, for inputs of three axes)."""
     width = shape_of(node)[-1]
     user = _sole_user(node)
@@ -106,15 +152,17 @@ def _next_add(node: fx.Node) -> BiasPlace | None:
     if (
         len(others) == 1
         and others[0].op == "get_attr"
-        and len(others[0].users) == 1
+        and len(others[0].users) == uses
         and shape_of(others[0]) == (width,)
     ):
         return BiasPlace("bias", str(others[0].target))
     return None
 
 
-def _new_bias(node: fx.Node, op: Op) -> BiasPlace | None:
-    found = weight_place(op.inputs[1])
+def _new_bias(node: fx.Node, uses: int) -> BiasPlace | None:
+    if node.target not in (aten.convolution.default, aten.mm.default):
+        return None
+    found = weight_place(Op(node).inputs[1], uses)
     owner: type = node.meta.get("module", object)
     path = str(node.meta["path"])
     if (

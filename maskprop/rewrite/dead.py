@@ -79,9 +79,7 @@ def remove_dead(edits: Edits, graph: Graph, inference: Inference, alignment: Ali
         return []
     layers = {layer.path: layer for layer in _layers(edits.model, graph)}
     ends = {p for p, layer in layers.items() if _is_constant(layer, inference)}
-    if not ends:
-        return []
-    live = _live(graph, layers, ends)
+    live = _live(graph, layers, ends, inference)
     mark, found = edits.mark(), []
     for path, layer in layers.items():
         if not any(node in live for node in layer.nodes):
@@ -203,13 +201,14 @@ def _is_constant(layer: _Layer, inference: Inference) -> bool:
     return all(torch.equal(v, values[0]) for v in values) and (has_bias or not bool(values[0].any()))
 
 
-def _live(graph: Graph, layers: dict[str, _Layer], ends: set[str]) -> set[fx.Node]:
+def _live(graph: Graph, layers: dict[str, _Layer], ends: set[str], inference: Inference) -> set[fx.Node]:
     """Nodes that an output still depends on when the calls of ``ends`` depend on nothing."""
     results = {n for path in ends for n in layers[path].results}
+    needed = inference.facts.needed
     live: set[fx.Node] = set()
     for node in reversed(graph.fx.nodes):
         if (node.op == "output" or node in live) and node not in results:
-            live.update(node.all_input_nodes)
+            live.update(n for n in node.all_input_nodes if n in needed)  # a product with zero needs no other factor
     return live
 
 

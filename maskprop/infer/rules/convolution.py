@@ -10,7 +10,7 @@ Algebra, over the input channels of each group, with the pattern ``nz(w)[o, i]``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Contraction, Coupling, Labels
 from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul
 from maskprop.infer.op import Op
-from maskprop.infer.places import bias_place, weight_place
+from maskprop.infer.places import bias_place, calls_alike, weight_place
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
 aten = torch.ops.aten
@@ -190,30 +190,39 @@ class Convolution(Rule):
         return out
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling, groups: int, ragged: bool) -> None:
-        facts, y = c.facts_of(op), c.needed_of(op)
-        channels = op.shapes[0][1]
-        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
-        x, weight = facts[0], facts[1]
-        read = self._read_inputs(self._pattern(weight, op), outputs, channels, groups).expand(channels)
-        live = read & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
+        channels, (x, weight) = op.shapes[0][1], c.facts_of(op)[:2]
+        live = self._read(op, c) & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
         if weight.total and not x.total and c.constants != "drop":
-            found = unit_constants(x, live, channels, groups, ragged)
-            carrier = ragged or found[0].ndim > 1
-            kind = (
-                "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_place(op.inputs[1]) else None)
-            )
+            constant, foldable = unit_constants(x, live, channels, groups, ragged)
+            foldable = same_in_all_calls(op, constant, foldable, lambda one: self._seen(one, c))
+            carrier = ragged or constant.ndim > 1
+            weight_at = weight_place(op.inputs[1], len(calls_alike(op.node)))
+            kind = "bias" if not carrier and bias_place(op.node) else ("carrier" if weight_at else None)
             if c.constants == "fold" and kind == "carrier" and bias_place(op.node):
                 kind = "bias"
-            constant, foldable = found
             if kind == "carrier" and not ragged and groups == 1 and bias_place(op.node):
                 offset = unit_constants(x, live, channels, groups, ragged, besides=True)[1]
+                offset = same_in_all_calls(op, constant, offset, lambda one: self._seen(one, c))
                 kind, foldable = ("both", offset) if bool((offset & ~foldable).any()) else (kind, foldable)
             if kind is not None and bool(foldable.any()):
-                c.contractions.append(Contraction(op, labels, constant, foldable, kind, groups))
+                c.leave(Contraction(op, labels, constant, foldable, kind, groups))
                 live = live & ~foldable
         elif c.constants == "drop":
             live = live & ~all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1).expand(channels)
         c.end(labels, live, "is read here")
+
+    def _read(self, op: Op, c: Coupling) -> Tensor:
+        """(C,): which channels a needed output reads."""
+        groups, y = self._layout(op)[0], c.needed_of(op)
+        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
+        channels = op.shapes[0][1]
+        return self._read_inputs(self._pattern(c.facts_of(op)[1], op), outputs, channels, groups).expand(channels)
+
+    def _seen(self, op: Op, c: Coupling) -> tuple[Tensor, Tensor, Tensor]:
+        """Which channels a call reads, their constants, and where they are known."""
+        groups, _, ragged = self._layout(op)
+        read = self._read(op, c)
+        return read, *unit_constants(c.facts_of(op)[0], read, len(read), groups, ragged)
 
 
 def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
@@ -264,6 +273,22 @@ def unit_constants(
         error = (block - scale[:, None] * base).abs().amax(1)
         foldable[rows] &= error <= 1e-12 * maps[rows].abs().amax(1).clamp_min(1e-300)
     return maps, foldable
+
+
+def same_in_all_calls(
+    op: Op, constant: Tensor, foldable: Tensor, seen: Callable[[Op], tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """Those of the units that could go whose constant every call of the same weight sees that reads them.
+
+    ``seen``: of a call, which units it reads, their constants, and where they are known.
+    """
+    for node in calls_alike(op.node):
+        if node is not op.node and bool(foldable.any()):
+            read, other, known = seen(Op(node))
+            if constant.ndim > 1 or other.ndim > 1:
+                return torch.zeros_like(foldable)
+            foldable = foldable & (~read | (known & torch.isclose(other, constant, rtol=1e-12, atol=0.0)))
+    return foldable
 
 
 def split_rows(rows: Tensor | None, groups: int, size: int, c: Coupling) -> tuple[Tensor | None, Tensor | None]:

@@ -63,7 +63,7 @@ class GroupedMatMul(MatMul):
             self._terminate(op, summed, c)
         return [c.uniform(rows, [1]), None if columns is None else columns.reshape(1, -1)]
 
-    def _leave_constants(self, op: Op, labels: Tensor, a: Fact, live: Tensor, c: Coupling) -> Tensor:
+    def _leave_constants(self, op: Op, labels: Tensor, live: Tensor, c: Coupling) -> Tensor:
         return torch.zeros_like(live)  # each matrix would need a bias of its own
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from maskprop.infer.coupling import Contraction, Coupling, Labels
 from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
 from maskprop.infer.op import Op
-from maskprop.infer.places import bias_place, is_weight, weight_place
-from maskprop.infer.rules.convolution import unit_constants
+from maskprop.infer.places import bias_place, calls_alike, is_weight, weight_place
+from maskprop.infer.rules.convolution import same_in_all_calls, unit_constants
 from maskprop.infer.rules.pointwise import broadcast_labels
 from maskprop.infer.rules.registry import Rule, evaluate, register
 
@@ -141,27 +141,42 @@ class MatMul(Rule):
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
         """Which summed units the op lets go."""
-        o, a, b = self._factors(op, c.facts_of(op))
-        read = o.lift(c.needed_of(op)) & ~_average(a, b)
-        # live[.., 1, k]: some needed result reads a term through k that may not be zero
-        live = any_over(bool_matmul(read, (~b.zero).transpose(-1, -2)) & ~a.zero, [a.zero.ndim - 2])
-        live = live.expand(*live.shape[:-1], op.shapes[o.a][-1])
+        _, a, b = self._factors(op, c.facts_of(op))
+        live = self._live(op, c, ~a.zero)
         if c.constants == "drop":
             live = live & ~a.known
         elif b.total and not a.total and len(op.shape) == 2 and live.shape[0] == 1:
-            live = live & ~self._leave_constants(op, labels, a, live.reshape(-1), c)
+            live = live & ~self._leave_constants(op, labels, live.reshape(-1), c)
         c.end(labels, live, "is read here")
 
-    def _leave_constants(self, op: Op, labels: Tensor, a: Fact, live: Tensor, c: Coupling) -> Tensor:
+    def _live(self, op: Op, c: Coupling, terms: Tensor) -> Tensor:
+        """(.., 1, k): whether some needed result reads one of the terms through k, where ``b`` may not be zero."""
+        o, a, b = self._factors(op, c.facts_of(op))
+        read = o.lift(c.needed_of(op)) & ~_average(a, b)
+        live = any_over(bool_matmul(read, (~b.zero).transpose(-1, -2)) & terms, [a.zero.ndim - 2])
+        return live.expand(*live.shape[:-1], op.shapes[o.a][-1])
+
+    def _leave_constants(self, op: Op, labels: Tensor, live: Tensor, c: Coupling) -> Tensor:
         """Which live units are the same for every input and have a place for what they leave behind."""
-        columns = a.map(lambda t: t.transpose(0, 1).unsqueeze(0))  # units as channels, rows as space
-        constant, foldable = unit_constants(columns, live, len(live), 1, False)
-        weight = weight_place(op.inputs[_OPERANDS[op.target].b])
+        constant, foldable = self._constants(op, c, live)
+        weight = weight_place(op.inputs[_OPERANDS[op.target].b], len(calls_alike(op.node)))
         kind = "bias" if constant.ndim == 1 and bias_place(op.node) else "carrier" if weight else None
+        foldable = same_in_all_calls(op, constant, foldable, lambda one: self._seen(one, c))
         if kind is None or not bool(foldable.any()):
             return torch.zeros_like(live)
-        c.contractions.append(Contraction(op, labels.reshape(-1), constant, foldable, kind))
+        c.leave(Contraction(op, labels.reshape(-1), constant, foldable, kind))
         return foldable
+
+    def _constants(self, op: Op, c: Coupling, live: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`unit_constants`."""
+        _, a, _ = self._factors(op, c.facts_of(op))
+        columns = a.map(lambda t: t.transpose(0, 1).unsqueeze(0))  # units as channels, rows as space
+        return unit_constants(columns, live, len(live), 1, False)
+
+    def _seen(self, op: Op, c: Coupling) -> tuple[Tensor, Tensor, Tensor]:
+        """Which units a call reads, their constants, and where they are known."""
+        read = self._live(op, c, torch.ones((1, 1), dtype=torch.bool)).reshape(-1)
+        return read, *self._constants(op, c, read)
 
 
 def _product(a: Fact, b: Fact, length: int) -> Fact:
