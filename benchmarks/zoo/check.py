@@ -239,7 +239,7 @@ def _parts(expression: Any, patch: Any) -> list[ast.AST]:
     sizes = expression.args[patch.at :]
     if isinstance(sizes[0], ast.Tuple | ast.List):
         sizes = sizes[0].elts
-    if patch.kind == "argument":
+    if patch.kind in ("argument", "parts"):
         return list(sizes[:1])
     return [sizes[axis] if axis < len(sizes) else expression for axis, _, _ in patch.value]
 

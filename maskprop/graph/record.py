@@ -111,7 +111,7 @@ class Recorder(TorchDispatchMode):
 
     def _nodes_of(self, value: Any) -> Any:
         """The same structure with nodes in place of tensors."""
-        return map_tensors(value, self._node)
+        return map_tensors(value, lambda t: self._node(_physical(t)))
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         """Declare an input of the forward pass."""
@@ -346,6 +346,13 @@ class Recorder(TorchDispatchMode):
 def _real(value: Any) -> Any:
     """An argument; in place of the meta device, one that holds values."""
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+
+
+def _physical(tensor: Tensor) -> Tensor:
+    """The tensor that ``torch.func``'s transforms wrap while they run a module: its calls are recorded on that."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 @functools.cache

@@ -38,12 +38,18 @@ class Check:
         return self.error <= self.tolerance
 
 
-def fresh_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """Other inputs of the same shapes: normal for floats of the same scale, integers within the range that came."""
+def fresh_inputs(inputs: Inputs, generator: torch.Generator, tame: bool = False) -> Inputs:
+    """Other inputs of the same shapes: normal for floats of the same scale, integers within the range that came.
+
+    ``tame``: for models that do not take every input: the floats that came in another order, the same integers.
+    """
 
     def fresh(t: Tensor) -> Tensor:
         if t.dtype == torch.bool or t.numel() == 0:
             return t
+        if tame:
+            order = torch.randperm(t.numel(), generator=generator).to(t.device)
+            return t.reshape(-1)[order].reshape(t.shape) if t.is_floating_point() else t
         if t.is_floating_point() or t.is_complex():
             made = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
             scale = t.double().std() if t.numel() > 1 else t.double().abs().mean()
@@ -91,10 +97,31 @@ class Reference:
     """
 
     def __init__(self, graph: Graph, values: Values, batches: Sequence[Inputs]) -> None:
-        self.batches = list(batches)
+        self._graph, self._values = graph, values
+        self.batches: list[Inputs] = []
+        self.outputs: list[list[Tensor]] = []
         self.paths = graph.output_paths
         self.coarsest = _coarsest(graph)
-        self.outputs = [outputs_of(graph, values, [t for _, t in tensors_in(b)]) for b in self.batches]
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Inputs) -> None:
+        """Compare on these inputs, too.
+
+        Raises:
+            NonFiniteError: an output of the masked model is nan, so that nothing can be compared.
+            Exception: whatever the model raises for them.
+        """
+        outputs = outputs_of(self._graph, self._values, [t for _, t in tensors_in(batch)])
+        for path, output in zip(self.paths, outputs, strict=True):
+            if output.is_floating_point() and bool(output.isnan().any()):
+                raise NonFiniteError(
+                    f"output '{path}' of the masked model holds nan on the dummy input, so the result cannot be "
+                    "checked. The model is unchanged. Give a dummy input that the model can handle, or pass "
+                    "verify=False."
+                )
+        self.batches.append(batch)
+        self.outputs.append(outputs)
 
     def compare(self, run: Callable[[Inputs], list[tuple[str, Tensor]]]) -> Check:
         """Run the compact model on every batch.
@@ -112,16 +139,6 @@ class Reference:
                 if check.error - check.tolerance > worst.error - worst.tolerance or not worst.output:
                     worst = check
         return worst
-
-    def require_finite(self) -> None:
-        """Raises: NonFiniteError: an output of the masked model is nan, so that nothing can be compared."""
-        for path, output in ((p, t) for one in self.outputs for p, t in zip(self.paths, one, strict=True)):
-            if output.is_floating_point() and bool(output.isnan().any()):
-                raise NonFiniteError(
-                    f"output '{path}' of the masked model holds nan on the dummy or a random input, so the "
-                    "result cannot be checked. "
-                    "The model is unchanged. Give a dummy input that the model can handle, or pass verify=False."
-                )
 
     def constant_outputs(self) -> list[str]:
         """Outputs that do not vary: no comparison on them proves anything."""

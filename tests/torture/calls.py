@@ -46,7 +46,7 @@ class Levels(nn.Module):
 @case(
     images(3, 16),
     {"head.0.weight": ([0, 1],)},
-    {"head.0.weight": (4, 3, 3, 3), "head.0.bias": (4,), "head.2.weight": (4, 4, 3, 3)},
+    {"head.0.weight": (4, 3, 3, 3), "head.0.bias": (4,), "head.2.weight": (4, 4, 3, 3), "head.2.bias": (4,)},
 )
 class NormAtEachLevel(nn.Module):
     """as in EfficientDet (Tan et al., 2020): the norms differ, so the convolution gets a bias"""

@@ -265,3 +265,53 @@ class ReadMean(nn.Module):
         if h.mean() > 1000000.0:
             h = h * 2
         return self.b(h)
+
+
+@case(
+    lambda n, g: torch.rand(n, 6, generator=g) + 0.1,
+    {"a.weight": ([0, 1],), "a.bias": ([0, 1],)},
+    {"a.weight": (6, 6), "a.bias": (6,), "b.weight": (3, 6)},
+)
+class PositiveOnly(nn.Module):
+    """its input's logarithm is nan for the random inputs that others are verified on"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.log()))
+
+
+@case(
+    lambda n, g: (torch.randint(0, 9, (4 * n,), generator=g), torch.arange(0, 4 * n, 4)),
+    {"bag.weight": (ALL, [0, 1])},
+    {"bag.weight": (9, 4), "b.weight": (3, 4)},
+    rand=False,
+)
+class Offsets(nn.Module):
+    """no integers but sorted ones fit"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.b = nn.EmbeddingBag(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return self.b(self.bag(x, offsets))
+
+
+@case(
+    vectors(5, 6),
+    {"a.weight": ([0, 1],), "a.bias": ([0, 1],)},
+    {"a.weight": (6, 6), "a.bias": (6,), "b.weight": (3, 6)},
+    rand=False,  # which looks at values, as nothing may inside vmap
+)
+class Mapped(nn.Module):
+    """modules called inside vmap see wrapped tensors"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda t: self.b(self.a(t).relu()))(x)
