@@ -135,22 +135,23 @@ class Repair:
     def _follow(self, alignment: Alignment, replay: Replay) -> Mismatch | None:
         """Mend the model, and name its sizes; the mismatch that remains, if any.
 
-        Most models need no mending: with the names set already, one replay then shows that all is well.
+        Most models need no more than attributes: with those that name a size set already, and then perhaps a few
+        that only the replay finds, one whole replay shows that all is well.
         """
         self.unread = []
         named = unread_attributes(self.edits.model, replay) if self.may_name else []
-        mark = self.edits.mark()
-        for change in named:
-            change_attribute(self.edits, change)
-        mismatch = replay.run(self.edits.model, self.inputs)
-        if mismatch is None:
-            self.unread = named
-            alignment.plan.attributes += named
-            return None
         if named:
-            self.edits.rollback(mark)
+            mark, attributes = self.edits.mark(), list(alignment.plan.attributes)
+            for change in named:
+                change_attribute(self.edits, change)
             mismatch = replay.run(self.edits.model, self.inputs)
-        mismatch = self._mend(alignment, replay, mismatch)
+            if self._mend(alignment, replay, mismatch, generating=False) is None:
+                self.unread = named
+                alignment.plan.attributes += named
+                return None
+            self.edits.rollback(mark)
+            alignment.plan.attributes[:] = attributes
+        mismatch = self._mend(alignment, replay, replay.run(self.edits.model, self.inputs))
         if mismatch is None and self.may_name:
             self._name_sizes(alignment, replay)
         return mismatch
@@ -209,11 +210,13 @@ class Repair:
 
     # -- mending --------------------------------------------------------------------------------
 
-    def _mend(self, alignment: Alignment, replay: Replay, mismatch: Mismatch | None) -> Mismatch | None:
-        """Repair attributes and forwards; the mismatch that remains, if any."""
+    def _mend(
+        self, alignment: Alignment, replay: Replay, mismatch: Mismatch | None, generating: bool = True
+    ) -> Mismatch | None:
+        """Repair attributes and (``generating``) forwards; the mismatch that remains, if any."""
         while mismatch is not None:
             after = self._set_attributes(alignment, replay, mismatch)
-            if after is mismatch:
+            if after is mismatch and generating:
                 after = self._generate(alignment, replay, mismatch)
             if after is mismatch:
                 return mismatch
