@@ -153,7 +153,10 @@ class Coupling:
         return found
 
     def bind(self, node: fx.Node, axis: int, labels: Tensor | None) -> None:
-        """Give an axis of a parameter labels that vary along other axes, if nothing has read its own yet."""
+        """Let an axis of a value leave with ``labels``: a parameter takes them as its own if nothing has read it yet.
+
+        They may vary along other axes of it, and need not be tied to labels of its own.
+        """
         own = self.labels_of(node)
         first = node.op == "get_attr" and next(iter(node.users)).name == self.node and (node, axis) not in self._bound
         if labels is not None:

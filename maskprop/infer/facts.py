@@ -6,6 +6,7 @@ an axis where nothing varies. A convolution's activation needs ``(1, C, 1, 1)``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,14 +51,13 @@ class Fact:
     @staticmethod
     def unknown(ndim: int, row_axis: int | None = None) -> Fact:
         """Nothing is known."""
-        false = torch.zeros((1,) * ndim, dtype=torch.bool)
+        false = everywhere(False, ndim)
         return Fact(false, false, lambda: torch.zeros((1,) * ndim, dtype=torch.float64), row_axis=row_axis)
 
     @staticmethod
     def constant(ndim: int, value: Callable[[], Tensor], again: bool = False) -> Fact:
         """Wholly known and unmasked; the value is computed on demand."""
-        true = torch.ones((1,) * ndim, dtype=torch.bool)
-        return Fact(true, ~true, value, plain=True, again=again)
+        return Fact(everywhere(True, ndim), everywhere(False, ndim), value, plain=True, again=again)
 
     @staticmethod
     def zeros(where: Tensor) -> Fact:
@@ -68,7 +68,7 @@ class Fact:
     def of_value(value: Tensor, known: Tensor | None = None) -> Fact:
         """Known where ``known`` says (everywhere by default), with the zeros read from the value."""
         if known is None:
-            known = torch.ones((1,) * value.ndim, dtype=torch.bool)
+            known = everywhere(True, value.ndim)
         return Fact(known, known & (value == 0), value)
 
     def value(self) -> Tensor:
@@ -91,6 +91,12 @@ class Fact:
     def __repr__(self) -> str:
         known, zero = int(self.known.sum()), int(self.zero.sum())
         return f"Fact(known={known}/{self.known.numel()}, zero={zero}, shape={tuple(self.known.shape)})"
+
+
+@functools.cache
+def everywhere(holds: bool, ndim: int) -> Tensor:
+    """The same bool over a whole value of ``ndim`` axes; shared, so never written to."""
+    return torch.full((1,) * ndim, holds, device="cpu")
 
 
 def as_double(t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,13 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from maskprop.graph.graph import TensorMeta, shape_of
+
+
+@functools.cache
+def _signature(target: OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of an overload's arguments in order, and the defaults of those that have one."""
+    arguments = target._schema.arguments
+    return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 class Op:
@@ -53,13 +61,8 @@ class Op:
 
     @cached_property
     def _named(self) -> dict[str, Any]:
-        named = dict(self.node.kwargs)
-        for argument, value in zip(self.target._schema.arguments, self.node.args, strict=False):
-            named[argument.name] = value
-        for argument in self.target._schema.arguments:
-            if argument.name not in named and argument.has_default_value():
-                named[argument.name] = argument.default_value
-        return named
+        names, defaults = _signature(self.target)
+        return {**defaults, **dict(zip(names, self.node.args, strict=False)), **self.node.kwargs}
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name; a node where a tensor was given."""
@@ -68,13 +71,14 @@ class Op:
     def position(self, name: str) -> int | None:
         """Where a tensor argument stands in ``inputs``; ``None`` if it was not given."""
         before = 0
-        for argument in self.target._schema.arguments:
-            value = self._named.get(argument.name)
-            if argument.name == name:
+        for argument in _signature(self.target)[0]:
+            value = self._named.get(argument)
+            if argument == name:
                 return before if isinstance(value, fx.Node) else None
-            found: list[fx.Node] = []
-            fx.node.map_arg(value, found.append)
-            before += len(found)
+            if isinstance(value, (list, tuple)):
+                before += sum(isinstance(v, fx.Node) for v in value)
+            else:
+                before += isinstance(value, fx.Node)
         return None
 
     def run(self, *tensors: Tensor) -> Any:

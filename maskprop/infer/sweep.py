@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from maskprop.errors import UnsupportedOpError
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
-from maskprop.infer.facts import Fact, as_double, squash
+from maskprop.infer.facts import Fact, as_double, everywhere, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule, find_rule
 from maskprop.infer.rules.probe import Claims, Probe
@@ -181,13 +181,13 @@ class Inference:
         if mask is None:
             return Fact.constant(tensor.ndim, lambda: self.graph.value(name).cpu(), again)
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
-        true = torch.ones((1,) * tensor.ndim, dtype=torch.bool)
+        true = everywhere(True, tensor.ndim)
         return Fact(true, squash(~keep.bool()), lambda: as_double(self.graph.value(name)).cpu() * keep, again=again)
 
 
 def _all(node: fx.Node) -> Tensor:
-    return torch.ones((1,) * len(shape_of(node)), dtype=torch.bool)
+    return everywhere(True, len(shape_of(node)))
 
 
 def _none(meta: Any) -> Tensor:
-    return torch.zeros((1,) * (0 if meta is None else len(meta.shape)), dtype=torch.bool)
+    return everywhere(False, 0 if meta is None else len(meta.shape))

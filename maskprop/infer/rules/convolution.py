@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from maskprop.infer.coupling import Contraction, Coupling, Labels
+from maskprop.infer.coupling import Contraction, Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, weight_place
@@ -135,18 +135,15 @@ class Convolution(Rule):
         channels = c.uniform(x[1], [0, *range(2, ndim)])
         out_axis, in_axis = (1, 0) if transposed else (0, 1)
         if groups == 1:
-            rows, columns = c.uniform(w[out_axis], [in_axis]), c.uniform(w[in_axis], [out_axis])
-            if columns is not None:
-                columns = columns.reshape(-1)
-            flat = None if channels is None else channels.reshape(-1)
-            c.equal(flat, columns) if flat is not None or columns is not None else None
+            rows = c.uniform(w[out_axis], [in_axis])
+            c.bind(op.inputs[1], in_axis, moved(channels, lambda a: a.reshape((1,) * in_axis + (-1,))))
             out = None if rows is None else rows.reshape(-1)
         else:
             out = self._couple_groups(op, channels, c, groups, transposed)
         if channels is not None:
             self._terminate(op, channels.reshape(-1), c, groups, ragged)
         if len(labels) > 2 and (out is not None or labels[2][0] is not None):
-            out = c.equal(out, labels[2][0])
+            c.bind(op.inputs[2], 0, out)
         result: Labels = [
             x[0] if x[0] is None else c.uniform(x[0], range(1, ndim)),
             None,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Contraction, Coupling, Labels
-from maskprop.infer.facts import Fact, any_over, bool_matmul, reduce_to
+from maskprop.infer.facts import Fact, any_over, bool_matmul, everywhere, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, is_weight, weight_place
 from maskprop.infer.rules.convolution import same_in_all_calls, unit_constants
@@ -112,7 +112,7 @@ class MatMul(Rule):
         # where both factors are zero, one of them has to stay so: the first
         into_a = bool_matmul(read, ~zero_b) | (bool_matmul(read, zero_b) & a.zero)
         if is_weight(op.inputs[o.b]):  # large, and nothing asks which of its elements are needed
-            into_b = torch.ones((1,) * y.ndim, dtype=torch.bool)
+            into_b = everywhere(True, y.ndim)
         else:
             into_b = bool_matmul(nz_a, read) | any_over(y & average, [y.ndim - 2])
         found[o.a] = into_a.squeeze(-2) if o.row else into_a
@@ -204,6 +204,6 @@ def _product(a: Fact, b: Fact, length: int) -> Fact:
 def _average(a: Fact, b: Fact) -> Tensor:
     """Result columns that are a convex combination of one and the same known row: broadcastable over the result."""
     if a.row_axis != a.known.ndim - 1 or b.nothing or b.known.shape[-2] != 1:
-        return torch.zeros((1,) * b.known.ndim, dtype=torch.bool)
+        return everywhere(False, b.known.ndim)
     value = b.value()
     return b.known & (value.amax(-2, keepdim=True) == value.amin(-2, keepdim=True))

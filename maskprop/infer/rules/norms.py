@@ -84,8 +84,8 @@ class BatchNorm(Rule):
                 out[axis] = None
         out = [a if i == 1 else c.uniform(a, [1]) for i, a in enumerate(out)]
         flat = moved(c.uniform(out[1], [0, *range(2, len(out))]), lambda a: a.reshape(-1))
-        for other in labels[1:]:
-            flat = c.equal(flat, other[0])
+        for node in op.inputs[1:]:
+            c.bind(node, 0, flat)
         out[1] = moved(flat, lambda a: _on_channels(a, len(out)))
         rest: list[Labels] = [
             [flat] if m is not None and m.shape == op.shapes[0][1:2] else [None] for m in op.results[1:]
@@ -127,8 +127,8 @@ class GroupNorm(Rule):
         flat = moved(c.uniform(out[1], [0, *range(2, ndim)]), lambda a: a.reshape(-1))
         outer, inner = split_rows(flat, groups, op.shapes[0][1] // groups, c)
         c.pin(inner, "shares a group's statistics")
-        for other in labels[1:]:
-            flat = c.equal(flat, other[0])
+        for node in op.inputs[1:]:
+            c.bind(node, 0, flat)
         out[1] = moved(flat, lambda a: _on_channels(a, ndim))
         statistics = [moved(out[0], lambda a: a.reshape(-1, 1)), moved(outer, lambda a: a.reshape(1, -1))]
         return out, statistics, list(statistics)
