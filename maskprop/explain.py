@@ -106,6 +106,8 @@ class Explainer:
     # -- one unit -------------------------------------------------------------------------------
 
     def _reason(self, node: fx.Node, axis: int, unit: int, only_kept: bool = False) -> Reason:
+        if node in self.inference.left:
+            return _GONE if only_kept else Reason(True, "what its layer puts out is the same for every input")
         labels = self.alignment.coupling.labels_of(node)[axis]
         if labels is None:
             return Reason(False, "this axis never shrinks")

@@ -150,8 +150,8 @@ class Report:
         """The same by module path."""
         if self.explainer is None:
             return {}, {}
-        graph = self.explainer.inference.graph
-        return count_flops(graph, dense_shape), count_flops(graph, self.explainer.alignment.expected_shape)
+        graph, gone = self.explainer.inference.graph, self.explainer.inference.left
+        return count_flops(graph, dense_shape), count_flops(graph, self.explainer.alignment.expected_shape, gone)
 
     @cached_property
     def kept(self) -> list[Kept]:

@@ -36,6 +36,7 @@ from maskprop.reasons import Explanation
 from maskprop.report import Report
 from maskprop.rewrite.apply import compact_tensor
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
+from maskprop.rewrite.dead import find_dead
 from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
 from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
@@ -200,6 +201,8 @@ class ModelSpeedup:
         """
         inference = self._inferred()
         with self._stage("align"):
+            # what users replace themselves they see as it is
+            dead = [] if self._customs else find_dead(self.model, self.graph, inference, self.inputs)
             alignment = align(inference, self.constants, self.channel_multiple)
         unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
         reference = None if unreadable or not self.verify else self._reference()
@@ -214,6 +217,7 @@ class ModelSpeedup:
             self.constants,
             self.channel_multiple,
             self._customize,
+            dead,
         )
         try:
             self.alignment = self._rewrite(repair, alignment, reference)
@@ -313,7 +317,12 @@ class ModelSpeedup:
     def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
         """Carry the alignment out and compare; with plainer means where the result turns out wrong."""
         done, problem = self._attempt(repair, alignment, reference)
-        means = ("may_remove", repair.removed), ("may_name", repair.unread), ("may_generate", repair.generated)
+        if problem is not None and repair.dead:
+            log.warning("%s Trying again with the layers of constant branches kept.", problem)
+            repair.edits.rollback()
+            alignment = repair.keep_dead()
+            done, problem = self._attempt(repair, alignment, reference)
+        means = ("may_name", repair.unread), ("may_generate", repair.generated)
         for switch, used in means:
             if problem is not None and used:
                 log.warning("%s Trying again with %s=False.", problem, switch)

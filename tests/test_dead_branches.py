@@ -14,6 +14,7 @@ import maskprop
 from benchmarks.zoo.check import count_parameters, masked_reference
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
+from maskprop.rewrite.dead import Constant
 from tests.small import TOLERANCE, error
 
 
@@ -135,6 +136,88 @@ def test_beside_ordinary_pruning() -> None:
     ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
     check_equal(model, reference, (1, 3, 8, 8), (3, 3, 9, 7))
     assert count_parameters(model) == (3 * 9 + 1) * 5 + 5 + (5 * 9 + 1) * 4
+
+
+class Beside(nn.Module):
+    """Eight units, read by a branch and by a layer beside it; what both give is read by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.head = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(10, 3)
+        self.branch = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        return self.head(torch.cat([self.wide(h), self.branch(h).sigmoid()], -1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_dead_branch_read_and_what_reads_it_shrink(bias: bool) -> None:
+    """Four units that only the branch reads leave, and so do the constants that it gives, into the head's bias."""
+    model = randomise(Beside().eval(), (torch.randn(2, 6),))
+    masks = whole(model, "branch.2.weight", *(["branch.2.bias"] if bias else []))
+    masks["wide.weight"] = (torch.arange(8) < 4).float().expand(5, 8)
+    reference = masked_reference(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 6), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (1, 6), (3, 6))
+    assert {path for path, module in model.named_modules() if isinstance(module, Constant)} == {"branch.0", "branch.2"}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("branch.")}
+    left = {"stem.weight": (4, 6), "stem.bias": (4,), "wide.weight": (5, 4), "wide.bias": (5,)}
+    assert shapes == {**left, "head.weight": (3, 5 + model.branch[2].size), "head.bias": (3,)}
+    assert model.branch[2].size == 1, "an axis keeps at least one unit"
+    assert speedup.report.flops[1] == 2 * 2 * (6 * 4 + 4 * 5 + 6 * 3)
+    assert "same for every input" in str(speedup.explain("branch.0"))
+
+
+def test_a_layer_that_is_constant_where_it_matters() -> None:
+    """Squeeze-excite whose scale varies in no channel that is not zero."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 2)
+            self.fc1, self.fc2 = nn.Linear(3, 5), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+            return self.head((self.norm(self.conv(x)) * scale[:, :, None, None]).mean((2, 3)))
+
+    model = randomise(Scaled().eval(), (torch.randn(2, 3, 4, 4),))
+    masks = {"norm.weight": torch.tensor([1.0, 1, 1, 0, 0, 0]), "norm.bias": torch.tensor([1.0, 1, 1, 0, 0, 0])}
+    masks["fc2.weight"] = torch.tensor([0.0, 0, 0, 1, 1, 1])[:, None]
+    reference = masked_reference(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (1, 3, 4, 4), (3, 3, 5, 6))
+    assert speedup.report.repair.removed == ["fc1", "fc2"]
+    assert count_parameters(model) == 3 * 3 + 3 + 2 * 3 + 3 + (3 + 1) * 2  # of fc2 the bias is left
+
+
+def test_a_generated_forward_calls_the_constant() -> None:
+    """The number in ``forward`` that must change stands beside the dead branch."""
+
+    class Hard(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.dead, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), nn.Linear(24, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.adaptive_avg_pool2d(self.conv(x) + self.dead(x), 2)
+            return self.head(ways[0](h))
+
+    ways = [lambda h: h.reshape(-1, 24)]  # which of the author's code is running cannot be told
+    model = randomise(Hard().eval(), (torch.randn(2, 3, 4, 4),))
+    rows = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    masks = {**whole(model, "dead.weight"), "conv.weight": rows[:, None, None, None], "conv.bias": rows}
+    masks["dead.bias"] = rows
+    reference = masked_reference(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (1, 3, 4, 4), (3, 3, 4, 4))
+    assert speedup.report.repair.removed == ["dead"]
+    assert list(speedup.report.repair.generated) == [""]
+    assert (model.conv.out_channels, model.dead.size, model.head.in_features) == (4, 4, 16)
 
 
 def test_a_layer_whose_weight_others_read_stays() -> None:

@@ -104,6 +104,8 @@ def align(
     s.solve(restore)
     plan = Plan()
     for name, node in states.items():
+        if node in inference.left:
+            continue
         keeps = _keeps(c.labels_of(node), s)
         if keeps:
             plan.shapes[name] = shape_of(node)

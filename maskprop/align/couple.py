@@ -28,8 +28,11 @@ def couple(inference: Inference, constants: str, even: frozenset[str] = frozense
     )
     for node in inference.graph.fx.nodes:
         c.node = node.name
-        if node.op == "placeholder":
-            c.labels[node] = [None] * len(node.meta["tensor"].shape)
+        if node in inference.left:
+            stand_in = inference.left[node]
+            c.labels[node] = _unlabelled(node.meta["tensor"]) if stand_in is None else stand_in.couple(c)
+        elif node.op == "placeholder":
+            c.labels[node] = _unlabelled(node.meta["tensor"])
         elif node.target is operator.getitem:
             c.labels[node] = c.labels[node.args[0]][node.args[1]]
         elif node.op == "call_function":
@@ -41,6 +44,13 @@ def couple(inference: Inference, constants: str, even: frozenset[str] = frozense
         if inference.graph.may_be_read(node):
             _keep(node, c, "is read where no op shows it")
     return c
+
+
+def _unlabelled(meta: Any) -> Any:
+    """No axis shrinks, of one value or of several."""
+    if isinstance(meta, tuple):
+        return tuple(_unlabelled(m) for m in meta)
+    return [] if meta is None else [None] * len(meta.shape)
 
 
 def _keep(node: fx.Node, c: Coupling, reason: str) -> None:

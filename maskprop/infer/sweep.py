@@ -19,6 +19,7 @@ from maskprop.infer.facts import Fact, as_double, everywhere, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule, find_rule
 from maskprop.infer.rules.probe import Claims, Probe
+from maskprop.infer.standin import StandIn
 
 UNKNOWN = Rule()
 
@@ -53,6 +54,9 @@ class Inference:
         mode: ``"auto"`` probes an op without a rule, ``"rules"`` refuses it, ``"gradient"`` probes every op.
         confidence: on how many random inputs.
         generator: where those come from.
+
+    Attributes:
+        left: nodes of layers that leave as a whole: what stands in for a result, ``None`` for what is gone.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Inference:
         self.confidence = confidence
         self.generator = generator or torch.Generator().manual_seed(0)
         self.facts = Facts()
+        self.left: dict[fx.Node, StandIn | None] = {}
         self.ops: dict[fx.Node, Op] = {}
         self._rules: dict[fx.Node, Rule] = {}
 
@@ -149,7 +154,7 @@ class Inference:
             for source in node.all_input_nodes:
                 self._need(source, _all(source))
             return
-        if node not in needed or node.op != "call_function":
+        if node not in needed or node.op != "call_function" or node in self.left:
             return
         if node.target is operator.getitem:
             several, index = node.args

@@ -65,7 +65,7 @@ class CompactMultiheadAttention(nn.MultiheadAttention):
             out = weights @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
-        out = self.out_proj(out.permute(2, 0, 1, 3).flatten(2))
+        out = F.linear(out.permute(2, 0, 1, 3).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             out = out.squeeze(1)
         elif self.batch_first:

@@ -40,6 +40,9 @@ class Customs:
         self.replacers, self.functions = tuple(replacers), dict(functions)
         self.taken: list[str] = []
 
+    def __bool__(self) -> bool:
+        return bool(self.replacers or self.functions)
+
     def apply(self, speedup: ModelSpeedup, edits: Edits, graph: Graph, alignment: Alignment) -> Plan:
         """Run replacers, then replace functions; the plan without the modules that they took over.
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment
-from maskprop.graph.graph import Graph, TensorMeta
+from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.graph.trace import Inputs, trace_partial
-from maskprop.infer.facts import Fact, squash
+from maskprop.infer.facts import Fact, any_over
+from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.edits import Edits
 
 log = logging.getLogger(__name__)
 
+_ROUNDING = 1e-12, 1e-12  # relative and absolute, of what kernels compute in float64 at each place
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -62,54 +65,173 @@ class Constant(nn.Module):
         return f"{self.size}, axis={self.axis}"
 
 
-def remove_dead(edits: Edits, graph: Graph, inference: Inference, alignment: Alignment, inputs: Inputs) -> list[str]:
-    """Turn the layers of constant branches into :class:`Constant`.
+def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inputs) -> list[DeadLayer]:
+    """The layers that :class:`Constant` takes the place of; the inference then knows that they read nothing.
 
     Args:
-        edits: the compact model and its undo log.
-        graph: of the dense model.
-        inference: its facts.
-        alignment: the plan that the compact model follows.
+        model: the dense model.
+        graph: of it.
+        inference: after its sweeps; its :attr:`~maskprop.infer.sweep.Inference.left` and needed facts change.
         inputs: the dummy input.
 
     Returns:
-        Paths of the layers; none if the author's forward reads what they would lose.
+        The layers; none if the author's forward reads what they would lose.
     """
     if graph.opaque or not any(_turns_constant(n, inference) for n in graph.ops):
         return []
-    layers = {layer.path: layer for layer in _layers(edits.model, graph)}
-    ends = {p for p, layer in layers.items() if _is_constant(layer, inference)}
-    live = _live(graph, layers, ends, inference)
-    mark, found = edits.mark(), []
-    for path, layer in layers.items():
-        if not any(node in live for node in layer.nodes):
-            _replace(edits, layer, None, alignment)
-        elif path in ends and not any(node in live for node in layer.nodes if node not in layer.results):
-            _replace(edits, layer, inference.facts.known[layer.results[0]].value(), alignment)
-        else:
-            continue
-        found.append(path)
-    _, error, where = trace_partial(edits.model, inputs, graph.concrete)
-    if error is not None:
-        log.info("the constant branches stay: without them '%s' fails with %s", where, error)
-        edits.rollback(mark)
+    layers = list(_layers(model, graph))
+    used = _live(graph)
+    ends: list[DeadLayer] = []
+    while True:
+        more = [layer for layer in layers if layer not in ends and layer.turns_constant(inference, used)]
+        if not more:
+            break
+        ends += more
+        _leave(inference, more)  # which may show that more is constant where it matters
+    if not ends:
         return []
-    return found
+    live = _live(graph, {n for layer in ends for n in layer.results}, inference.facts.needed)
+    dead = [layer for layer in layers if layer in ends or (layer.is_used(used) and not layer.is_used(live))]
+    for layer in dead:
+        if live.isdisjoint(layer.results):
+            layer.value = None
+    _leave(inference, dead)
+    edits = Edits(model)
+    for layer in dead:
+        layer.replace(edits, lambda n: n.meta["tensor"].shape, lambda value: value)
+    _, error, where = trace_partial(model, inputs, graph.concrete)
+    edits.rollback()
+    if error is None:
+        return dead
+    log.info("the constant branches stay: without them '%s' fails with %s", where, error)
+    forget_dead(inference)
+    return []
 
 
-@dataclass
-class _Layer:
-    """A module without children that owns parameters, and its calls."""
+def forget_dead(inference: Inference) -> None:
+    """Take back what :func:`find_dead` told the inference."""
+    inference.left.clear()
+    inference.backward()
+
+
+def remove_dead(edits: Edits, dead: Sequence[DeadLayer], alignment: Alignment) -> None:
+    """Turn dead layers into :class:`Constant`, as large as the plan says."""
+
+    def kept(layer: DeadLayer, value: Tensor) -> Tensor:
+        own = alignment.coupling.labels_of(layer.results[0])[layer.axis]
+        return value if own is None else value[alignment.solution.kept(own)]
+
+    for layer in dead:
+        layer.replace(edits, alignment.expected_shape, partial(kept, layer))
+
+
+def _leave(inference: Inference, layers: Sequence[DeadLayer]) -> None:
+    """Tell the inference."""
+    for layer in layers:
+        inference.left |= layer.left()
+    inference.backward()
+
+
+@dataclass(eq=False)
+class DeadLayer:
+    """A module without children that owns parameters, and its calls; it may be dead.
+
+    Attributes:
+        path: of the module.
+        module: itself.
+        axis: of the channels in what it puts out, counted from the end.
+        window: see :class:`Constant`.
+        nodes: its ops, and its tensors, which only it reads.
+        results: what it puts out, one a call.
+        sources: what each call reads first.
+        bias: the parameter that can hold a constant.
+        value: the constant, ``(channels,)`` in float64; ``None`` if it is zero or nothing reads it.
+    """
 
     path: str
     module: nn.Module
     axis: int
     window: Window | None
-    nodes: list[fx.Node] = field(default_factory=list)  # its ops, and its tensors that only it reads
-    results: list[fx.Node] = field(default_factory=list)  # one a call
+    nodes: list[fx.Node]
+    results: list[fx.Node]
+    sources: list[fx.Node]
+    bias: fx.Node | None = None
+    value: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Channels in the dense model."""
+        return shape_of(self.results[0])[self.axis]
+
+    def is_used(self, live: set[fx.Node]) -> bool:
+        """Whether any of its nodes is among these."""
+        return not live.isdisjoint(self.nodes)
+
+    def turns_constant(self, inference: Inference, used: set[fx.Node]) -> bool:
+        """Whether masks make what is needed of every call's result one known vector, which is zero or has a place."""
+        value, fixed = torch.zeros(self.size, dtype=torch.float64), torch.zeros(self.size, dtype=torch.bool)
+        for node in self.results:
+            fact = inference.facts.known.get(node)
+            if not isinstance(fact, Fact) or fact.plain or node not in used:
+                return False
+            ndim = len(shape_of(node))
+            needed = inference.facts.needed.get(node, torch.zeros((1,) * ndim, dtype=torch.bool))
+            others = [d for d in range(ndim) if d != ndim + self.axis]
+            units = any_over(needed, others)
+            if not bool((fact.known | ~units).all()):
+                return False
+            found = torch.where(units, fact.value(), 0.0)
+            own = found.movedim(self.axis, -1).reshape(-1, found.shape[self.axis])[0].expand(self.size)
+            units = units.reshape(-1).expand(self.size)
+            both = torch.where(fixed & units, value, own)
+            shape = [1] * ndim
+            shape[self.axis] = self.size
+            if not torch.allclose(found, own.reshape(shape), *_ROUNDING) or not torch.allclose(both, own, *_ROUNDING):
+                return False
+            value, fixed = torch.where(units, own, value), fixed | units
+        if not bool(value.any()):
+            return True
+        if self.bias is None:
+            return False
+        self.value = value
+        return True
+
+    def left(self) -> dict[fx.Node, StandIn | None]:
+        """What the inference has to know, see :attr:`maskprop.infer.sweep.Inference.left`."""
+        bias = None if self.value is None else self.bias
+        found: dict[fx.Node, StandIn | None] = {n: None for n in self.nodes if n is not bias}
+        for result, source in zip(self.results, self.sources, strict=True):
+            axis = len(shape_of(result)) + self.axis
+            found[result] = StandIn(result, axis, source if self.window is None else None, bias)
+        return found
+
+    def replace(
+        self,
+        edits: Edits,
+        shape: Callable[[fx.Node], Sequence[int | None] | Sequence[int]],
+        kept: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Turn the layer into a constant.
+
+        Args:
+            edits: the model and its undo log.
+            shape: of what it puts out.
+            kept: which part of the constant stays.
+        """
+        module = self.module
+        bias = None if self.value is None else module._parameters["bias"]
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor is not bias:
+                edits.drop_tensor(module, name)
+        if self.value is not None and bias is not None:
+            edits.set_data(bias, kept(self.value).to(bias))
+        edits.set_class(module, Constant)
+        size = shape(self.results[0])[self.axis]
+        for name, what in (("axis", self.axis), ("size", size), ("window", self.window)):
+            edits.set_attribute(module, name, what)
 
 
-def _layers(model: nn.Module, graph: Graph) -> Iterator[_Layer]:
+def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
     """The layers that :class:`Constant` could stand in for."""
     ops_of: dict[str, list[fx.Node]] = defaultdict(list)
     tensors_of: dict[str, list[fx.Node]] = defaultdict(list)
@@ -129,14 +251,31 @@ def _layers(model: nn.Module, graph: Graph) -> Iterator[_Layer]:
         inside = set(ops)
         if any(not set(n.users) <= inside for n in owned):
             continue  # somebody else reads its weight
-        layer = _Layer(path, module, *_form(module), nodes=[*ops, *owned])
         calls: dict[int, list[fx.Node]] = defaultdict(list)
         for n in ops:
             if any(user not in inside for user in n.users):
                 calls[n.meta["call"]].append(n)
-        layer.results = [n for nodes in calls.values() for n in nodes]
-        if all(len(nodes) == 1 for nodes in calls.values()) and layer.results and _fits(layer, graph):
+        sources = [_source(number, ops, {*inside, *owned}) for number in calls]
+        results = [n for nodes in calls.values() for n in nodes]
+        if not results or any(len(nodes) != 1 for nodes in calls.values()) or None in sources:
+            continue
+        axis, window = _form(module)
+        if axis > 0 and isinstance(results[0].meta["tensor"], TensorMeta):
+            axis -= len(shape_of(results[0]))
+        found = [n for n in sources if n is not None]
+        layer = DeadLayer(path, module, axis, window, [*ops, *owned], results, found)
+        if _fits(layer):
+            layer.bias = next((n for n in owned if _is_bias(n) and shape_of(n) == (layer.size,)), None)
             yield layer
+
+
+def _is_bias(node: fx.Node) -> bool:
+    return str(node.target).rpartition(".")[2] == "bias"
+
+
+def _source(number: int, ops: Sequence[fx.Node], own: set[fx.Node]) -> fx.Node | None:
+    """What the ops of one call read first that is not the layer's own."""
+    return next((s for n in ops if n.meta["call"] == number for s in n.all_input_nodes if s not in own), None)
 
 
 def _form(module: nn.Module) -> tuple[int, Window | None]:
@@ -151,89 +290,44 @@ def _form(module: nn.Module) -> tuple[int, Window | None]:
     return (1 if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1), None
 
 
-def _fits(layer: _Layer, graph: Graph) -> bool:
-    """Whether a Constant gives what the layer's first call gave; makes the axis count from the end."""
-    args, kwargs = graph.calls[layer.path]
-    like = next((a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)), None)
-    metas = {n.meta["tensor"] for n in layer.results}
-    if like is None or len({len(m.shape) for m in metas if isinstance(m, TensorMeta)}) != 1:
-        return False
-    result: TensorMeta = layer.results[0].meta["tensor"]
-    ndim = len(result.shape)
-    layer.axis = layer.axis - ndim if layer.axis > 0 else layer.axis
-    if ndim < -layer.axis or len(like.meta["tensor"].shape) != ndim or like.meta["tensor"].dtype != result.dtype:
-        return False
-    stand_in = _stand_in(layer, result.shape[layer.axis])
-    made: Tensor = stand_in(torch.empty(like.meta["tensor"].shape, device="meta"))
-    return tuple(made.shape) == result.shape
-
-
-def _stand_in(layer: _Layer, size: int) -> Constant:
-    made = Constant()
-    made.axis, made.size, made.window = layer.axis, size, layer.window
-    return made
+def _fits(layer: DeadLayer) -> bool:
+    """Whether a constant gives what each of the layer's calls gave."""
+    for like, result in zip(layer.sources, layer.results, strict=True):
+        given, made = like.meta["tensor"], result.meta["tensor"]
+        if not isinstance(given, TensorMeta) or not isinstance(made, TensorMeta):
+            return False
+        ndim = len(made.shape)
+        if not 1 <= -layer.axis <= ndim or len(given.shape) != ndim or given.dtype != made.dtype:
+            return False
+        stand_in = Constant()
+        stand_in.axis, stand_in.size, stand_in.window = layer.axis, made.shape[layer.axis], layer.window
+        if tuple(stand_in(torch.empty(given.shape, device="meta")).shape) != made.shape:
+            return False
+    return True
 
 
 def _turns_constant(node: fx.Node, inference: Inference) -> bool:
-    """Whether masks make an op's result known though its inputs are not."""
-    known = inference.facts.known
-    fact = known.get(node)
-    facts = fact if isinstance(fact, tuple) else (fact,)
-    return any(f is not None and f.total and not f.plain for f in facts) and not all(
-        known[n].total for n in node.all_input_nodes if isinstance(known[n], Fact)
+    """Whether masks make all that is needed of an op's result known, though its inputs are not."""
+    known, needed = inference.facts.known, inference.facts.needed
+    fact, need = known.get(node), needed.get(node)
+    facts, needs = (fact, need or [None] * len(fact)) if isinstance(fact, tuple) else ((fact,), [need])
+    constant = any(
+        f is not None and not f.plain and (f.total or (n is not None and not f.nothing and bool((f.known | ~n).all())))
+        for f, n in zip(facts, needs, strict=True)
     )
+    return constant and not all(known[n].total for n in node.all_input_nodes if isinstance(known[n], Fact))
 
 
-def _is_constant(layer: _Layer, inference: Inference) -> bool:
-    """Whether masks make every call's result the same known vector, which is zero or has a bias to live in."""
-    values = []
-    for node in layer.results:
-        fact = inference.facts.known.get(node)
-        if not isinstance(fact, Fact) or not fact.total or fact.plain:
-            return False
-        value = squash(fact.value())
-        if value.numel() != value.shape[layer.axis]:
-            return False
-        values.append(value.reshape(-1))
-    size = layer.results[0].meta["tensor"].shape[layer.axis]
-    biases = [n for n in layer.nodes if n.op == "get_attr" and str(n.target).endswith(".bias")]
-    has_bias = any(n.meta["tensor"].shape == (size,) for n in biases)
-    return all(torch.equal(v, values[0]) for v in values) and (has_bias or not bool(values[0].any()))
+def _live(graph: Graph, results: Container[fx.Node] = (), needed: Container[fx.Node] | None = None) -> set[fx.Node]:
+    """Nodes that an output still depends on when these results depend on nothing.
 
-
-def _live(graph: Graph, layers: dict[str, _Layer], ends: set[str], inference: Inference) -> set[fx.Node]:
-    """Nodes that an output still depends on when the calls of ``ends`` depend on nothing."""
-    results = {n for path in ends for n in layers[path].results}
-    needed = inference.facts.needed
+    Args:
+        graph: the recorded forward pass.
+        results: of layers that are constant.
+        needed: nodes that have elements which are needed; a product with zero needs no other factor.
+    """
     live: set[fx.Node] = set()
     for node in reversed(graph.fx.nodes):
         if (node.op == "output" or node in live) and node not in results:
-            live.update(n for n in node.all_input_nodes if n in needed)  # a product with zero needs no other factor
+            live.update(n for n in node.all_input_nodes if needed is None or n in needed)
     return live
-
-
-def _replace(edits: Edits, layer: _Layer, value: Tensor | None, alignment: Alignment) -> None:
-    """Turn a layer into the constant that it puts out (``None``: nobody reads it)."""
-    module, result = layer.module, layer.results[0]
-    size = alignment.expected_shape(result)[layer.axis]
-    bias = module._parameters.get("bias")
-    if value is None or not bool(value.any()):
-        bias = None
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None and tensor is not bias:
-            edits.drop_tensor(module, name)
-    if value is not None and bias is not None:
-        edits.set_data(bias, _kept(value, result, layer.axis, alignment).to(bias))
-    edits.set_class(module, Constant)
-    for name, what in (("axis", layer.axis), ("size", size), ("window", layer.window)):
-        edits.set_attribute(module, name, what)
-
-
-def _kept(value: Tensor, result: fx.Node, axis: int, alignment: Alignment) -> Tensor:
-    """The constant's elements at the units that stay."""
-    full = squash(value).reshape(-1).expand(result.meta["tensor"].shape[axis])
-    labels: Sequence[Tensor | None] = alignment.coupling.labels[result]
-    own = labels[axis]
-    if own is None:
-        return full
-    return full[alignment.solution.kept(own)]

@@ -141,6 +141,9 @@ class _Generator:
                     self.recorder.add_input(tensor, name)
                 continue
             child = self._next_child() if node.op == "call_module" else None
+            if child is not None and self.replay.inside_replaced(child.path):  # its ops are not compared
+                env[node] = self._planned(child)
+                continue
             try:
                 value, ops = self._call(node, env)
                 wrong = self._compare(ops)
@@ -154,7 +157,7 @@ class _Generator:
                 except _GiveUp:
                     if child is None:
                         raise
-                    value, ops = self._planned(child)
+                    value, ops = self._planned(child), self._dense_ops(child)
             self.at += len(ops)
             env[node] = value
         if self.at != len(self.dense):
@@ -166,16 +169,20 @@ class _Generator:
         self.number = call.last
         return call
 
-    def _planned(self, child: ModuleCall) -> tuple[Any, list[fx.Node]]:
-        """What a child will return when it is mended itself, which comes later, and the ops that it will make."""
+    def _planned(self, child: ModuleCall) -> Any:
+        """What a child will return when it is mended itself, which comes later."""
         with _disable_current_modes():  # the plan is read from real tensors
             value = self.arguments.blank(child.result, self.replay.alignment.expected_shape)
         for name, tensor in tensors_in(value, "planned"):
             self.recorder.add_input(tensor, name)
+        return value
+
+    def _dense_ops(self, child: ModuleCall) -> list[fx.Node]:
+        """The ops that a child will make."""
         ops = list(itertools.takewhile(child.__contains__, self.dense[self.at :]))
         if not ops:
             raise _GiveUp(f"'{child.path}' stands elsewhere in the trace")
-        return value, ops
+        return ops
 
     def _mended_call(self, node: fx.Node, env: dict[fx.Node, Any], wrong: str) -> tuple[Any, list[fx.Node]]:
         self._mend(node, env, wrong)

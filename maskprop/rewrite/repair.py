@@ -26,7 +26,7 @@ from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.attributes import candidates_for, everywhere, lineage
 from maskprop.rewrite.calls import recorded_calls
-from maskprop.rewrite.dead import remove_dead
+from maskprop.rewrite.dead import DeadLayer, forget_dead, remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.patch import patch_forwards
@@ -52,12 +52,11 @@ class Repair:
         inputs: the dummy input.
             constants, channel_multiple: see :func:`maskprop.align.align.align`.
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
+        dead: layers of constant branches, which lose their parameters.
         may_generate: whether forwards may be generated.
-        may_remove: whether layers of constant branches may lose their parameters.
         may_name: whether attributes that nothing reads may follow.
         taken: paths that users' replacements took over.
         generated: paths of the modules that got a generated forward, with the reason.
-        removed: paths of layers that became constants.
         unread: changes of attributes that name a size and that ``forward`` does not read.
         pinned: why units were kept after a solve.
     """
@@ -70,13 +69,12 @@ class Repair:
     constants: str = "exact"
     channel_multiple: int = 1
     customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
+    dead: list[DeadLayer] = field(default_factory=list)
     may_generate: bool = True
-    may_remove: bool = True
     may_name: bool = True
     generated: dict[str, str] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
     unread: list[AttributeChange] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
@@ -101,16 +99,15 @@ class Repair:
             plan, taken = (alignment.plan, []) if self.customize is None else self.customize(alignment)
             masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
             apply_plan(self.edits, plan, masks)
+            remove_dead(self.edits, self.dead, alignment)
             if alignment.plan.empty:
-                self.removed = self._remove_dead(alignment)
                 return alignment
             self.taken = taken
             self.replaced += replace_attention(self.edits, plan)
-            replay = Replay(self.graph, alignment, [*self.replaced, *self.taken])
+            replay = Replay(self.graph, alignment, [*self.replaced, *self.taken, *self.removed])
             mismatch = self._follow(alignment, replay)
             if mismatch is None:
                 self._keep_roots(replay)
-                self.removed = self._remove_dead(alignment)
                 return alignment
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
@@ -131,6 +128,17 @@ class Repair:
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
         )
+
+    @property
+    def removed(self) -> list[str]:
+        """Paths of layers that became constants."""
+        return [layer.path for layer in self.dead]
+
+    def keep_dead(self) -> Alignment:
+        """Go back to a plan in which the layers of constant branches keep their parameters."""
+        self.dead = []
+        forget_dead(self.inference)
+        return align(self.inference, self.constants, self.channel_multiple)
 
     def _follow(self, alignment: Alignment, replay: Replay) -> Mismatch | None:
         """Mend the model, and name its sizes; the mismatch that remains, if any.
@@ -192,11 +200,6 @@ class Repair:
         self.edits.rollback(mark)
         half = len(groups) // 2
         return self._set_harmless(replay, groups[:half]) + self._set_harmless(replay, groups[half:]) if half else []
-
-    def _remove_dead(self, alignment: Alignment) -> list[str]:
-        if not self.may_remove or self.taken:
-            return []
-        return remove_dead(self.edits, self.graph, self.inference, alignment, self.inputs)
 
     def _blame_custom(self, mismatch: Mismatch) -> None:
         """Raises: ReplaceError: the difference comes out of a module that a user's replacement put there."""

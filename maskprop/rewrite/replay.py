@@ -141,10 +141,10 @@ class Replay:
             return True  # a linear's own weight: with a new bias it is turned later
         if node.target is aten.add.Tensor and any(str(n.target) in self._new_biases for n in node.all_input_nodes):
             return True  # a linear of what is not contiguous adds its bias apart
-        return bool(self.replaced) and self._inside_replaced(node)
+        return self.inside_replaced(str(node.meta["path"]))
 
-    def _inside_replaced(self, node: fx.Node) -> bool:
-        path = str(node.meta["path"])
+    def inside_replaced(self, path: str) -> bool:
+        """Whether a module is, or belongs to, one that computes the same in another way."""
         return any(path == r or path.startswith(r + ".") for r in self.replaced)
 
     def _expected(self, node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from maskprop.graph.graph import Graph, is_op
 Shape = Callable[[fx.Node, "int | None"], "tuple[int, ...] | None"]
 
 
-def count_flops(graph: Graph, shape: Shape) -> dict[str, int]:
+def count_flops(graph: Graph, shape: Shape, without: Container[fx.Node] = ()) -> dict[str, int]:
     """Operations by module path, a multiply-add counting as two.
 
     The formulas are those of `torch.utils.flop_counter`, which counts matrix products and convolutions. The
@@ -24,10 +24,11 @@ def count_flops(graph: Graph, shape: Shape) -> dict[str, int]:
         graph: the recorded forward pass.
         shape: the shape of a node's value (of its i-th result), for example the one that it has in the
             compact model.
+        without: ops that are not made any more.
     """
     found: dict[str, int] = {}
     for node in graph.fx.nodes:
-        if not is_op(node):
+        if not is_op(node) or node in without:
             continue
         formula = flop_registry.get(node.target.overloadpacket)
         if formula is None:
