@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from maskprop._directory import appearing
 from maskprop.errors import LoadError, SaveError
 from maskprop.hf import (
     BUFFERS,
@@ -139,8 +138,7 @@ class Checkpoint:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise SaveError(f"'{target}' exists and is not empty. Choose another directory.")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _appearing(target) as partial:
+            with appearing(target) as partial:
                 self._write_shards(speedup, partial)
                 self._write_config(speedup, partial)
                 for file in self.directory.iterdir():  # the tokenizer and what else there is
@@ -283,23 +281,3 @@ def _read(
     module, _, key = name.rpartition(".")
     wanted: Tensor = getattr(model.get_submodule(module), key)
     return shards[names[name]].to(wanted.dtype)
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A directory beside the target that takes its place when all went well."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

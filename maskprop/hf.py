@@ -14,16 +14,17 @@ import contextvars
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from maskprop._directory import appearing
 from maskprop._extras import require
 from maskprop._torchvision import import_torchvision
 from maskprop.align.plan import Plan
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 METHOD = "maskprop"
 PLAN = "maskprop.json"
 BUFFERS = "maskprop.safetensors"
+_STALE = ("model*.safetensors", "model.safetensors.index.json", PLAN, BUFFERS)
 _trust: contextvars.ContextVar[bool] = contextvars.ContextVar("trust_code", default=False)
 
 
@@ -53,7 +55,8 @@ def save_pretrained(model: Any, directory: PathLike, **options: Any) -> None:
 
     Args:
         model: a ``PreTrainedModel`` that was sped up (one that was not is saved as ever); left as it is.
-        directory: what ``from_pretrained`` takes. With one width in all layers the config says it; otherwise
+        directory: what ``from_pretrained`` takes. A new one appears whole or not at all; in one that is there, files
+            are replaced when all of them are written. With one width in all layers the config says it; otherwise
             a file ``maskprop.json`` is written too, and loading needs ``import maskprop.hf``.
         options: for the model's own ``save_pretrained``, such as ``max_shard_size``.
 
@@ -71,19 +74,20 @@ def save_pretrained(model: Any, directory: PathLike, **options: Any) -> None:
             raise SaveError(f"'{path}' cannot be saved as data: {obstacle}. Save the model with torch.save.")
         inputs = example(model)
         expressed = expressing_config(model, record, lambda c: inputs is not None and _expresses(model, c, inputs))
-        if expressed is None:
-            expressed = flagged(config)
-            write_plan(model, target, record, hidden_buffers(model))
-        else:
-            for stale in (PLAN, BUFFERS):
-                (target / stale).unlink(missing_ok=True)
-        model.config = expressed
-        model.save_pretrained(directory, **options)
-    except OSError as error:
+        if options.get("push_to_hub"):
+            options.setdefault("repo_id", target.name)
+        with appearing(target, _STALE, "config.json") as partial:
+            if expressed is None:
+                expressed = flagged(config)
+                write_plan(model, partial, record, hidden_buffers(model))
+            model.config = expressed
+            model.save_pretrained(partial, **options)
+    except (OSError, SafetensorError) as error:
         if isinstance(error, SaveError):
             raise
         raise SaveError(
-            f"the model could not be saved to '{target}': {error}. Free space, or choose another directory."
+            f"the model could not be saved to '{target}': {error}. What was there before is unchanged. Free space, or "
+            "choose another directory."
         ) from error
     finally:
         model.config = config
@@ -253,27 +257,14 @@ def flagged(config: Any) -> Any:
 
 
 def write_plan(model: nn.Module, target: Path, record: dict[str, Any], buffers: Mapping[str, Tensor]) -> None:
-    """Write the record, and those of the buffers, which no checkpoint holds, that shrank."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Write the record, and those of the buffers, which no checkpoint holds, that shrank, into a new directory."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     text = to_text({"prefix": prefix if hasattr(model, prefix) else "", "record": record})
-    _replace(target / PLAN, lambda path: path.write_text(text, encoding="utf-8"))
+    (target / PLAN).write_text(text, encoding="utf-8")
     sliced = {name for step in record["steps"] for name in step["plan"]["keep"]}
     held = {name: t.detach().contiguous().clone() for name, t in buffers.items() if name in sliced}
     if held:
-        _replace(target / BUFFERS, lambda path: save_file(held, path))
-    else:
-        (target / BUFFERS).unlink(missing_ok=True)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file beside and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        save_file(held, target / BUFFERS)
 
 
 # -- a config that says it ----------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,36 @@ def test_training_goes_on(generator: torch.Generator, tmp_path: Path) -> None:
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
     assert all(p.grad is not None for p in loaded.parameters() if p.requires_grad)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight  # tied still
+
+
+@pytest.mark.parametrize("fault", ["os.replace", "safetensors.torch.save_file", "pathlib.Path.write_text"])
+def test_a_full_disk_leaves_what_was_there(
+    fault: str, generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, the old model still loads; a new directory does not appear half."""
+    old = compact("llama", generator, uniform=True)
+    hf.save_pretrained(old, tmp_path / "there", max_shard_size="20KB")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()}
+    new = compact("llama", generator, uniform=False)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for target in ("there", "fresh"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fault, full)
+            if fault.startswith("safetensors"):
+                patch.setattr(transformers.modeling_utils, "safe_save_file", full)
+            with pytest.raises(SaveError, match=r"could not be saved.*No space left.*before is unchanged"):
+                hf.save_pretrained(new, tmp_path / target)
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "there").iterdir()} == before
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    hf.save_pretrained(new, tmp_path / "there")  # in place of shards and a config that says it: a plan, and one file
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {
+        "config.json", "generation_config.json", "maskprop.json", "model.safetensors", "notes.txt",
+    }  # fmt: skip
+    same(new, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there"), generator)
 
 
 def test_trainer(generator: torch.Generator, tmp_path: Path) -> None:

@@ -309,16 +309,27 @@ def test_schedule_of_single_weights() -> None:
 
 
 def test_errors() -> None:
+    """Each says what is wrong, and leaves the model without masks and as it was."""
     model = network()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(OptionError, match="total_times is 0; give at least 1"):
         mp.LinearPruner(mp.L1NormPruner(model, 0.5, dummy_input=X), total_times=0)
     with pytest.raises(OptionError, match="Pruner has no score"):
         mp.Pruner(model, 0.5, dummy_input=X).compress()
     with pytest.raises(ScoreError, match="Taylor is computed from data and has seen none"):
         mp.TaylorPruner(model, 0.5, dummy_input=X).compress()
+    with pytest.raises(ScoreError, match=r"returned \(2,\) for group '0'; expected a tensor of shape \(8,\)"):
+        mp.Pruner(model, 0.5, dummy_input=X, score=lambda group: torch.zeros(2)).compress()
+    infinite = mp.Pruner(model, 0.5, dummy_input=X, score=lambda group: torch.full((group.parts,), torch.inf))
+    with pytest.raises(ScoreError, match=r"of group '0' is inf at part 0 \(8 of 8 are not finite\)"):
+        infinite.compress()
+    with pytest.raises(RatioError, match=r"sparse_threshold 1e\+09 would prune all 8 units of group '0'"):
+        mp.L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_threshold": 1e9}], dummy_input=X).compress()
     with pytest.raises(RatioError, match="LevelPruner prunes by 'sparse_ratio'"):
         mp.LevelPruner(model, [{"op_types": ["Linear"], "sparse_threshold": 0.1}]).compress()
     assert not mp.applied_masks(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 # -- scripts written for NNI --------------------------------------------------------------------

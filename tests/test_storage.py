@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -474,6 +476,30 @@ def test_a_full_disk_for_real(saved: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert files(saved) == before
+
+
+def test_a_read_only_directory(saved: Path) -> None:
+    """For real, as a user whom permissions bind: root gives up its own."""
+    directory = Path(tempfile.mkdtemp())  # where another user gets to
+    try:
+        for name, content in files(saved).items():
+            (directory / name).write_bytes(content)
+        directory.chmod(0o555)
+        code = (
+            "import os, sys, torch, maskprop\n"
+            "from maskprop.errors import SaveError\n"
+            "os.geteuid() or os.seteuid(65534)\n"
+            "try:\n    maskprop.save(torch.nn.Linear(200, 200), sys.argv[1])\n"
+            "except SaveError as error:\n    sys.exit(0 if 'Permission denied' in str(error) else 2)\n"
+            "sys.exit(3)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert files(directory) == files(saved)
+        maskprop.load(directory, ConvNet)
+    finally:
+        directory.chmod(0o755)
+        shutil.rmtree(directory)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
