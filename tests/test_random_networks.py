@@ -130,7 +130,8 @@ def check_facts(subject: Subject, inference: Inference) -> None:
                 known = fact.known.expand(value.shape)
                 expected = fact.value().expand(value.shape)[known].double()
                 assert torch.allclose(value[known].double(), expected, rtol=1e-9, atol=1e-9), node
-                assert not value[fact.zero.expand(value.shape)].any(), node
+                zeros = value[fact.zero.expand(value.shape)].double()
+                assert torch.allclose(zeros, torch.zeros_like(zeros), atol=1e-9), node  # a norm of equal numbers rounds
     x = subject.images(2)
     assert relative_error(Ran(inference, x, needed=True).outputs, Ran(inference, x).outputs) <= TOLERANCE
 
