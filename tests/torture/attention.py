@@ -287,3 +287,33 @@ class SizeInTensor(nn.Module):
         q, k, v = (p(x).view(n, t, 3, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
         scale = torch.sqrt(torch.tensor(q.size(-1), dtype=torch.float) * 3)
         return self.o(attn(q * 3, k, v, 1 / scale).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(
+    vectors(9, 12),
+    {
+        "qkv.weight": ([0, 1, 2, 3, 12, 13, 14, 15, 24, 25, 26, 27],),
+        "qkv.bias": ([0, 1, 2, 3, 12, 13, 14, 15, 24, 25, 26, 27],),
+    },
+    {"qkv.weight": (24, 12), "qkv.bias": (24,), "o.weight": (12, 8)},
+)
+class PooledHeads(nn.Module):
+    """heads join the batch of a padded depthwise convolution, which their zeros and constants pass"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 3, 4
+        self.qkv, self.o = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.pools = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False) for _ in range(3)])
+        self.norms = nn.ModuleList([nn.LayerNorm(4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        parts = self.qkv(x).reshape(b, n, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+        pooled = []
+        for part, pool, norm in zip(parts, self.pools, self.norms, strict=True):
+            image = part.reshape(b * self.heads, 3, 3, self.size).permute(0, 3, 1, 2)
+            pooled.append(norm(pool(image).reshape(b, self.heads, self.size, n).transpose(2, 3)))
+        q, k, v = pooled
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v + q
+        return self.o(y.transpose(1, 2).reshape(b, n, -1))

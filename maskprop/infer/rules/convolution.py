@@ -2,7 +2,7 @@
 
 Algebra, over the input channels of each group, with the pattern ``nz(w)[o, i]`` of a kernel that is not all zero:
 
-* an output is known where every input that it may read is a known constant (zero, at padded borders);
+* an output of a sample is known where every input that it may read is a known constant (zero, at padded borders);
 * ``needed(x)[i] = any_o needed(y)[o] & nz(w)[o, i]``;
 * a channel may leave where no needed output reads it, where it is a known zero, or where it is a known constant
   that a bias or a carrier channel can stand for.
@@ -66,64 +66,56 @@ class Convolution(Rule):
             return Fact.unknown(ndim)
         groups, transposed, ragged = self._layout(op)
         nz = self._pattern(weight, op)
-        seen, zero = channel_constant(x)
-        counted = (zero if ragged else seen).reshape(-1)
-        unknown_in = self._by_group(~counted, groups)
-        unknown = self._any_input(nz, unknown_in)
-        known = (~unknown).expand(groups, -1)
-        outputs = op.shape[1]
-        known = (
-            known.expand(groups, outputs // groups).reshape(-1)
-            if known.shape[1] in (1, outputs // groups)
-            else known.reshape(-1)
-        )
+        space = tuple(range(2, ndim))
+        seen, zero = (where.flatten(1) for where in constant_over(x, space))
+        unknown = self._any_input(nz, self._by_group(~(zero if ragged else seen), groups))
+        outputs, samples = op.shape[1], unknown.shape[0]
+        known = (~unknown).expand(samples, groups, -1)
+        known = known.expand(-1, -1, outputs // groups if known.shape[2] == 1 else -1).reshape(samples, -1)
         if not bool(known.any()):
             return Fact.unknown(ndim)
-        value = torch.zeros(outputs, dtype=torch.float64)
-        constants = (
-            torch.where(seen & ~zero, channel_value(x), 0.0).reshape(-1)
-            if not ragged and bool((seen & ~zero).any())
-            else None
-        )
-        if constants is not None:
-            per_group = constants.expand(op.shapes[0][1]).reshape(groups, 1, -1)
+        value = torch.zeros(1, outputs, dtype=torch.float64)
+        if not ragged and bool((seen & ~zero).any()):
+            constants = torch.where(seen & ~zero, x.value().flatten(2)[..., 0], 0.0)
+            constants = constants.expand(-1, op.shapes[0][1]).reshape(constants.shape[0], groups, 1, -1)
             kernel = weight.value().expand(op.shapes[1]).flatten(2).sum(-1)
             kernel = kernel.reshape(groups, -1, kernel.shape[1])
             kernel = kernel.transpose(1, 2) if transposed else kernel
-            value = (kernel * per_group).sum(-1).reshape(-1)
+            value = (kernel * constants).sum(-1).flatten(1)
         if len(facts) > 2:
             known = known & facts[2].known.expand(outputs)
             value = value + facts[2].value().expand(outputs)
         value = torch.where(known, value, 0.0)
-        shape = (1, outputs) + (1,) * (ndim - 2)
+        shape = (-1, outputs) + (1,) * len(space)
         return Fact.of_value(value.reshape(shape), known.reshape(shape))
 
     @staticmethod
     def _by_group(channels: Tensor, groups: int) -> Tensor:
-        return channels.reshape(1, 1) if channels.numel() == 1 else channels.reshape(groups, -1)
+        """(N, G, I) from (N, C); axes may have size 1."""
+        return channels.unsqueeze(-1) if channels.shape[-1] == 1 else channels.unflatten(-1, (groups, -1))
 
     @staticmethod
     def _any_input(nz: Tensor, inputs: Tensor) -> Tensor:
-        """(G, O) from (G, O, I) and (G, I): ``any_i nz & inputs``."""
+        """(N, G, O) from (G, O, I) and (N, G, I): ``any_i nz & inputs``."""
         return bool_matmul(nz, inputs.unsqueeze(-1)).squeeze(-1)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        y = any_over(needed[0], [0, *range(2, needed[0].ndim)])
+        y = any_over(needed[0], range(2, needed[0].ndim)).flatten(1)
         groups = self._layout(op)[0]
         nz = self._pattern(facts[1], op)
-        x = self._read_inputs(nz, self._by_group(y.reshape(-1), groups), op.shapes[0][1], groups)
+        x = self._read_inputs(nz, self._by_group(y, groups), op.shapes[0][1], groups)
         ndim = len(op.shape)
         some = torch.full((1,) * ndim, bool(y.any()))
-        found = [x.reshape((1, -1) + (1,) * (ndim - 2)), some]
-        return found if len(facts) == 2 else [*found, y.reshape(-1)]
+        found = [x.reshape((*x.shape,) + (1,) * (ndim - 2)), some]
+        return found if len(facts) == 2 else [*found, y.any(0)]
 
     @staticmethod
     def _read_inputs(nz: Tensor, outputs: Tensor, channels: int, groups: int) -> Tensor:
-        """(C,) or (1,): which inputs some of these outputs read."""
-        read = bool_matmul(outputs.unsqueeze(1), nz).squeeze(1)  # (G, I)
-        if read.numel() == 1:
-            return read.reshape(-1)
-        return read.expand(groups, channels // groups).reshape(-1)
+        """(N, C) or (N, 1): which inputs some of these outputs (N, G, O) read."""
+        read = bool_matmul(outputs.unsqueeze(-2), nz).squeeze(-2)  # (N, G, I)
+        if read.shape[1:].numel() == 1:
+            return read.flatten(1)
+        return read.expand(-1, groups, channels // groups).flatten(1)
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         groups, transposed, ragged = self._layout(op)
@@ -211,9 +203,9 @@ class Convolution(Rule):
     def _read(self, op: Op, c: Coupling) -> Tensor:
         """(C,): which channels a needed output reads."""
         groups, y = self._layout(op)[0], c.needed_of(op)
-        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).reshape(-1), groups)
+        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).flatten(1), groups)
         channels = op.shapes[0][1]
-        return self._read_inputs(self._pattern(c.facts_of(op)[1], op), outputs, channels, groups).expand(channels)
+        return self._read_inputs(self._pattern(c.facts_of(op)[1], op), outputs, channels, groups)[0].expand(channels)
 
     def _seen(self, op: Op, c: Coupling) -> tuple[Tensor, Tensor, Tensor]:
         """Which channels a call reads, their constants, and where they are known."""
@@ -222,17 +214,22 @@ class Convolution(Rule):
         return read, *unit_constants(c.facts_of(op)[0], read, len(read), groups, ragged)
 
 
-def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
-    """(C or 1,): channels that are one known number at every position, and those where it is zero."""
-    others = [0, *range(2, x.known.ndim)]
-    zero = all_over(x.zero, others).reshape(-1)
+def constant_over(x: Fact, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Where a value is one known number all along the axes, and where that is zero; with size 1 there."""
+    zero = all_over(x.zero, axes)
     if x.nothing:
         return zero, zero
-    known = all_over(x.known, others)
-    if bool(known.any()) and any(x.value().shape[d] > 1 for d in others):
+    known = all_over(x.known, axes)
+    if bool(known.any()) and any(x.value().shape[d] > 1 for d in axes):
         v = x.value()
-        known = known & (v.amax(others, keepdim=True) == v.amin(others, keepdim=True))
-    return known.reshape(-1), zero
+        known = known & (v.amax(axes, keepdim=True) == v.amin(axes, keepdim=True))
+    return known, zero
+
+
+def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
+    """(C or 1,): channels that are one known number at every position, and those where it is zero."""
+    known, zero = constant_over(x, (0, *range(2, x.known.ndim)))
+    return known.reshape(-1), zero.reshape(-1)
 
 
 def channel_value(x: Fact) -> Tensor:
