@@ -234,7 +234,7 @@ def _parts(expression: Any, patch: Any) -> list[ast.AST]:
         operands += [expression.value] if isinstance(expression, ast.AugAssign) else []
         operands += expression.args if isinstance(expression, ast.Call) else []
         return [part for part in operands if isinstance(part, ast.Constant)] or [expression]
-    if isinstance(patch.at, str):
+    if patch.kind not in ("sizes", "argument", "parts") or isinstance(patch.at, str):
         return [expression]
     sizes = expression.args[patch.at :]
     if isinstance(sizes[0], ast.Tuple | ast.List):

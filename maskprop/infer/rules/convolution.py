@@ -107,7 +107,7 @@ class Convolution(Rule):
         ndim = len(op.shape)
         some = torch.full((1,) * ndim, bool(y.any()))
         found = [x.reshape((*x.shape,) + (1,) * (ndim - 2)), some]
-        return found if len(facts) == 2 else [*found, y.any(0)]
+        return found if len(facts) == 2 else [*found, any_over(y, [0]).reshape(-1)]
 
     @staticmethod
     def _read_inputs(nz: Tensor, outputs: Tensor, channels: int, groups: int) -> Tensor:
