@@ -64,7 +64,7 @@ def assert_loads(model: nn.Module, case: Case, directory: Path, x: Any) -> None:
     assert all(torch.equal(t, expected[key]) for key, t in outputs.items())
 
 
-@pytest.mark.filterwarnings("ignore:.*does not match num_features")
+@pytest.mark.filterwarnings("error:.*does not match num_features")
 @pytest.mark.parametrize("name", CASES)
 def test_torture(name: str, tmp_path: Path) -> None:
     case = CASES[name]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from maskprop.align.constants import fold_constants, rescale_means
+from maskprop.align.constants import fold_constants, recount, rescale_means
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
@@ -111,7 +111,7 @@ def align(
             plan.shapes[name] = shape_of(node)
             plan.keep[name] = keeps
     fold_constants(plan, c, s)
-    return Alignment(c, s, plan, states, rescale_means(plan, c, s))
+    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s))
 
 
 def _keeps(labels: Labels, s: Solution) -> list[Keep]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -157,6 +158,12 @@ def rescale_means(plan: Plan, c: Coupling, s: Solution) -> dict[fx.Node, tuple[i
         name = str(place.weight.target)
         plan.add.append(Add(name, (place.offset + weight) * (factor**place.power - 1)))
     return numbers
+
+
+def recount(c: Coupling, s: Solution) -> dict[fx.Node, tuple[int, float]]:
+    """Numbers of units that no size shows, where some leave: by op, the position of the argument and the number."""
+    counts = ((k, int(np.count_nonzero(~s.leaves(k.labels)))) for k in c.counts)
+    return {k.node: (k.position, left) for k, left in counts if left != len(k.labels)}
 
 
 def number_at(node: fx.Node, position: int) -> float:

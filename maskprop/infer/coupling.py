@@ -91,6 +91,21 @@ class Rescale:
     place: ScalePlace
 
 
+@dataclass(frozen=True)
+class Count:
+    """A number among an op's arguments that says how many units there are, where no size does.
+
+    Attributes:
+        node: the op.
+        position: of the argument.
+        labels: of the units, 1-D.
+    """
+
+    node: fx.Node
+    position: int
+    labels: Tensor
+
+
 @dataclass
 class Coupling:
     """Collects relations while the graph is walked.
@@ -99,6 +114,7 @@ class Coupling:
         size: number of labels so far.
         edges: pairs of label arrays that are equal.
         rescales: means over axes that may shrink.
+        counts: numbers that count units.
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
         nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
         multiples: label arrays of axes that must keep a multiple of some number of units.
@@ -117,6 +133,7 @@ class Coupling:
     regulars: list[Regular] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     nonempty: list[Tensor] = field(default_factory=list)
     multiples: list[tuple[Tensor, int]] = field(default_factory=list)

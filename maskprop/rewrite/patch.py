@@ -55,6 +55,8 @@ _SIZED = {
     "new_zeros": (0, None), "new_ones": (0, None), "new_empty": (0, None), "zeros": (None, 0), "ones": (None, 0),
     "empty": (None, 0),
 }  # fmt: skip
+# What reads a number and computes nothing.
+_PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.expr_context)
 _NOT_AUTHORS = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch, maskprop))
 
 
@@ -174,6 +176,8 @@ class _Patcher:
             given = expression.keywords if isinstance(expression, ast.Call) else []
             named = next((k.arg for k in given if k.arg in names), None)
             return Patch(place, "number", 0, scalars[0]) if named is None else Patch(place, "argument", named, *scalars)
+        if isinstance(mismatch.wanted, (int, float)) and isinstance(expression, ast.Call):
+            return Patch(place, "argument", _argument(expression, frames[0], mismatch.actual), mismatch.wanted)
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
 
     @staticmethod
@@ -244,6 +248,21 @@ class _Frame:
 
 
 Frames = list[_Frame]
+
+
+def _argument(call: ast.Call, frame: _Frame, number: float) -> int | str:
+    """The one argument of a call that is a number: its position, or its name.
+
+    Raises:
+        NoSource: none is, or several are.
+    """
+    given: list[tuple[int | str, ast.expr]] = [*enumerate(call.args), *((k.arg or "", k.value) for k in call.keywords)]
+    plain = [(key, e) for key, e in given if key != "" and all(isinstance(n, _PLAIN) for n in ast.walk(e))]
+    values = [(key, frame.evaluate([expression])) for key, expression in plain]
+    found = [key for key, (value, *rest) in values if not rest and type(value) in (int, float) and value == number]
+    if len(found) != 1:
+        raise NoSource(f"{len(found)} arguments of '{ast.unparse(call)}' are {number}")
+    return found[0]
 
 
 class _PlaceRecorder(Recorder):

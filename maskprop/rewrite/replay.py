@@ -35,6 +35,8 @@ _RESHAPES = {
 }  # fmt: skip
 # Types of arguments that may hold a number to compute with; sizes and axes are of type int.
 _NUMBERS = ("Tensor", "number", "float", "Optional[number]", "Optional[float]")
+# Arguments of type int that are no size: with others every shape is right, and every number wrong.
+_COUNTS = {(aten.native_group_norm.default, "group")}
 _SAME = {
     aten._unsafe_view.default: aten.view.default,
     aten.reshape.default: aten.view.default,
@@ -286,7 +288,7 @@ def number_arguments(op: OpOverload) -> list[tuple[int, str, Any]]:
     return [
         (i, a.name, a.default_value if a.has_default_value() else None)
         for i, a in enumerate(op._schema.arguments)
-        if str(a.real_type) in _NUMBERS
+        if str(a.real_type) in _NUMBERS or (op, a.name) in _COUNTS
     ]
 
 

@@ -14,6 +14,9 @@ from torch import nn
 from maskprop.align.plan import AttributeChange
 from maskprop.rewrite.replay import Replay
 
+# Widths that torch's modules check at most.
+_WIDTHS = ("num_features", "num_channels")
+
 
 def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]:
     """Changes of integer attributes that follow from the sizes around each module.
@@ -26,12 +29,16 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
     changed = {(c.module, c.attribute) for c in plan.attributes}
     found = []
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):  # these follow their tensors
-            continue
+        # what torch's own modules hold follows their tensors; a norm without any still says how wide it is
+        attributes = vars(module)
+        if type(module).__module__.startswith("torch.nn."):
+            attributes = {} if _has_tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
+            if not attributes:
+                continue
         sizes: dict[int, set[int]] = {}
         for old, new in _sizes(module, path, replay):
             sizes.setdefault(old, set()).add(new)
-        for name, value in vars(module).items():
+        for name, value in attributes.items():
             to = sizes.get(value, set()) if type(value) is int and value > 1 else set()
             if len(to) == 1 and value not in to and (path, name) not in changed:
                 found.append(AttributeChange(path, name, value, *to))
@@ -48,3 +55,7 @@ def _sizes(module: nn.Module, path: str, replay: Replay) -> Iterator[tuple[int, 
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             dense = replay.alignment.plan.shapes.get(f"{prefix}.{name}".lstrip("."), tuple(tensor.shape))
             yield from zip(dense, tensor.shape, strict=False)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(t is not None for table in (module._parameters, module._buffers) for t in table.values())

@@ -27,6 +27,41 @@ class InPlain(nn.Module):
 
 @case(
     images(3, 6),
+    {"a.weight": ([0, 1, 4, 5, 6],), "a.bias": ([0, 1, 4, 5, 6],)},
+    {"a.weight": (4, 3, 1, 1), "a.bias": (4,), "b.weight": (4, 4, 1, 1)},
+)
+class GroupsPlain(nn.Module):
+    """two of four groups leave, and no tensor of the norm shows how many there are"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.n = nn.GroupNorm(4, 8, affine=False)
+        self.b = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.n(self.a(x))))
+
+
+@case(
+    images(3, 6),
+    {"a.weight": ([0, 1, 4, 5, 6],), "a.bias": ([0, 1, 4, 5, 6],)},
+    {"a.weight": (4, 3, 1, 1), "a.bias": (4,), "b.weight": (4, 4, 1, 1)},
+)
+class GroupsCalled(nn.Module):
+    """the number of groups stands in the code"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(F.group_norm(self.a(x), 4)))
+
+
+@case(
+    images(3, 6),
     {"a.weight": ([0, 1],), "a.bias": ([0, 1],)},
     {"a.weight": (6, 3, 1, 1), "a.bias": (6,), "b.weight": (4, 6, 1, 1)},
 )

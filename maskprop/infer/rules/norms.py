@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from maskprop.infer.coupling import Coupling, Labels, moved
+from maskprop.infer.coupling import Count, Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, lead, reduce_to, spread, squash
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
@@ -127,6 +127,8 @@ class GroupNorm(Rule):
         flat = moved(c.uniform(out[1], [0, *range(2, ndim)]), lambda a: a.reshape(-1))
         outer, inner = split_rows(flat, groups, op.shapes[0][1] // groups, c)
         c.pin(inner, "shares a group's statistics")
+        if outer is not None:
+            c.counts.append(Count(op.node, 6, outer.reshape(-1)))
         for node in op.inputs[1:]:
             c.bind(node, 0, flat)
         out[1] = moved(flat, lambda a: _on_channels(a, ndim))
