@@ -208,3 +208,11 @@ def test_command_line(
     assert {"report.json", "report.html", "maskprop.json", "config.json"} <= {p.name for p in Path("small").iterdir()}
     assert (len(list(Path("small").glob("model-*.safetensors"))) > 2) == (not way)
     assert cli.main(["verify", "hf:dense", "hf:small", "--masks", "masks.pt", "--no-progress"]) == 0
+    capsys.readouterr()
+    assert cli.main(["show", "small", "--json"]) == 0
+    (step,) = json.loads(capsys.readouterr().out)["parts"][""]["steps"]
+    assert len(step["plan"]["keep"]["transformer.h.0.mlp.c_proj.weight"][0]["index"]) == 40
+    assert cli.main(["show", "small"]) == 0
+    assert "40 of 48" in capsys.readouterr().out
+    assert cli.main(["show", "dense"]) == 1
+    assert "is a Hugging Face directory without a plan" in capsys.readouterr().err

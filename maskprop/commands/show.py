@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory",
         type=Path,
         metavar="DIR",
-        help="a directory that maskprop.save or `maskprop compact` wrote",
+        help="a directory that maskprop.save, maskprop.hf.save_pretrained or `maskprop compact` wrote",
     )
     parser.add_argument("--code", action="store_true", help="also print generated forwards")
     add_json(parser)
@@ -26,25 +26,40 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the plan and print it."""
     from rich.console import Console
 
-    from maskprop.storage import read_plan
-
-    saved = read_plan(arguments.directory)
+    found = _read(arguments.directory)
     if arguments.json:
-        write_json({"versions": saved.versions, "source": saved.source, "parts": saved.records})
+        write_json(found)
         return 0
     console = Console()
-    made = f"maskprop {saved.versions['maskprop']}, torch {saved.versions['torch']}"
-    console.print(
-        f"{arguments.directory}: saved with {made}" + (f", from {saved.source}" if saved.source else ""),
-        highlight=False,
-    )
-    for path, record in saved.records.items():
+    made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    source = f", from {found['source']}" if found["source"] else ""
+    console.print(f"{arguments.directory}: saved with {made}{source}", highlight=False)
+    for path, record in found["parts"].items():
         for number, step in enumerate(record["steps"], 1):
             place = f" of '{path}'" if path else ""
             console.print(_table(f"speedup {number}{place}", step["plan"]))
             for line in _changes(step["modules"], arguments.code):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    """The plan of either kind of directory: versions, the source, and a record a part of the model."""
+    from maskprop.errors import LoadError
+    from maskprop.storage import PLAN, read_plan
+
+    if (directory / "config.json").is_file() and not (directory / PLAN).is_file():
+        from maskprop import hf
+
+        if not (directory / hf.PLAN).is_file():
+            raise LoadError(
+                f"'{directory}' is a Hugging Face directory without a plan: its config.json says all sizes. It loads "
+                "without maskprop."
+            )
+        record = hf.read_plan(directory, hf.PLAN)["record"]
+        return {"versions": {"torch": record["dense"]["torch"]}, "source": None, "parts": {"": record}}
+    saved = read_plan(directory)
+    return {"versions": saved.versions, "source": saved.source, "parts": saved.records}
 
 
 def _table(title: str, plan: dict[str, Any]) -> object:
