@@ -246,6 +246,30 @@ def test_a_saved_model_by_name(run: Run, tmp_path: Path) -> None:
     assert run("compact", "saved:small", "--input", "3,48,48", "--masks", "masks.pt", "--out", "x")[0] == 1  # 14 rows
 
 
+def test_inputs_of_timm_models_follow_their_arguments() -> None:
+    for name, shape in (
+        ("timm:vit_tiny_patch16_224?img_size=64&depth=1", (2, 3, 64, 64)),
+        ("timm:vit_tiny_patch16_224?img_size=(32, 64)&in_chans=1&depth=1", (2, 1, 32, 64)),
+        ("timm:resnet10t", (2, 3, 176, 176)),
+    ):
+        source = find_model(name)
+        made = make_inputs(source, source.build(), None, 2, 0)
+        assert isinstance(made, tuple)
+        assert tuple(made[0].shape) == shape
+
+
+def test_show_shortens_long_lists(run: Run, tmp_path: Path) -> None:
+    mask = torch.ones(60, 1, 1, 1)
+    mask[::3] = 0
+    save_file({"0.weight": mask, "0.bias": mask.flatten().clone()}, tmp_path / "masks.safetensors")
+    wide = ("net.py:build?width=60", *NET[1:], "--masks", "masks.safetensors")
+    assert run("compact", *wide, "--out", "small")[0] == 0
+    assert "…" in run("show", "small")[1]
+    text = run("show", "small", "--units")[1]
+    assert "…" not in text
+    assert "58-59" in text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

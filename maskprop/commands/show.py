@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a directory that maskprop.save, maskprop.hf.save_pretrained or `maskprop compact` wrote",
     )
+    parser.add_argument("--units", action="store_true", help="list all indices that are kept (default: the first few)")
     parser.add_argument("--code", action="store_true", help="also print generated forwards")
     add_json(parser)
 
@@ -33,11 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     source = f", from {found['source']}" if found["source"] else ""
-    console.print(f"{arguments.directory}: saved with {made}{source}", highlight=False)
+    console.print(f"{arguments.directory}: saved with {made}{source}", highlight=False, markup=False, soft_wrap=True)
     for path, record in found["parts"].items():
         for number, step in enumerate(record["steps"], 1):
             place = f" of '{path}'" if path else ""
-            console.print(_table(f"speedup {number}{place}", step["plan"]))
+            console.print(_table(f"speedup {number}{place}", step["plan"], arguments.units))
             for line in _changes(step["modules"], arguments.code):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -62,7 +63,10 @@ def _read(directory: Path) -> dict[str, Any]:
     return {"versions": saved.versions, "source": saved.source, "parts": saved.records}
 
 
-def _table(title: str, plan: dict[str, Any]) -> object:
+_ROOM = 40  # for the indices of a row, which may be thousands
+
+
+def _table(title: str, plan: dict[str, Any], all_units: bool) -> object:
     from rich.table import Table
 
     from maskprop.reasons import ranges
@@ -75,6 +79,8 @@ def _table(title: str, plan: dict[str, Any]) -> object:
             index = [] if ragged else keep["index"]
             size = plan["shapes"][name][keep["axis"]]
             units = "another choice along axes " + ", ".join(map(str, keep["over"])) if ragged else ranges(index)
+            if not all_units and len(units) > _ROOM:
+                units = units[:_ROOM].rpartition(",")[0] + ", …"
             count = "" if ragged else f"{len(index)} of {size}"
             table.add_row(name, shape, str(keep["axis"]), count, units)
     return table

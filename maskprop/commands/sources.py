@@ -122,7 +122,11 @@ def make_inputs(
         return (*positional, keywords)
     timm_settings: Any = getattr(model, "default_cfg", None)
     if source.kind == "timm" and timm_settings is not None:
-        return (torch.randn(batch, *timm_settings["input_size"], generator=generator), {})
+        channels, *size = timm_settings["input_size"]
+        asked = _arguments(source.name, source.name.partition("?")[2])
+        channels, edge = asked.get("in_chans", channels), asked.get("img_size", tuple(size))
+        size = edge if isinstance(edge, tuple) else (edge, edge)
+        return (torch.randn(batch, channels, *size, generator=generator), {})
     if source.kind == "torchvision":
         size = getattr(model, "image_size", 224)
         return (torch.randn(batch, 3, size, size, generator=generator), {})
