@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torture import (  # noqa: F401
     CASES,
     Case,
+    Subject,
     attention,
     calls,
     channels,
@@ -31,8 +31,7 @@ from torture import (  # noqa: F401
 )
 
 import maskprop
-from benchmarks.zoo.check import masked_reference, relative_error
-from benchmarks.zoo.randomise import randomise
+from benchmarks.zoo.check import relative_error
 from benchmarks.zoo.specimen import call
 from maskprop import ModelSpeedup
 from maskprop.graph.structure import tensors_in
@@ -67,21 +66,11 @@ def assert_loads(model: nn.Module, case: Case, directory: Path, x: Any) -> None:
 @pytest.mark.filterwarnings("error:.*does not match num_features")
 @pytest.mark.parametrize("name", CASES)
 def test_torture(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    model = case.model().eval()
-    if case.rand:
-        randomise(model, case.inputs(2, generator))
-    case.prep(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    masks = {key: torch.ones(parameters[key].shape) for key in case.pruned}
-    for key, index in case.pruned.items():
-        masks[key][index] = 0
-    masked = masked_reference(model, masks).eval()
+    subject = Subject(name)
+    case, model, masked, generator = subject.case, subject.model, subject.masked, subject.generator
     before, names, kind = shapes(model), set(model.state_dict()), type(model)
 
-    speedup = ModelSpeedup(model, case.inputs(case.batches[0], generator), masks, tracer=case.tracer)
+    speedup = ModelSpeedup(model, subject.inputs(), subject.masks, tracer=case.tracer)
     speedup.speedup_model()
 
     with torch.no_grad():

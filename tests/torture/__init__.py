@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from benchmarks.zoo.check import masked_reference
+from benchmarks.zoo.randomise import randomise
 
 Index = tuple[slice | int | list[int], ...]
 Shapes = dict[str, tuple[int, ...]]
@@ -65,3 +69,35 @@ def vectors(*shape: int) -> Inputs:
 
 def tokens(count: int, length: int) -> Inputs:
     return lambda n, g: torch.randint(0, count, (n, length), generator=g)
+
+
+class Subject:
+    """A case's model, randomised, its masks and the masked model.
+
+    Args:
+        name: of the case.
+        more: what else is pruned.
+    """
+
+    def __init__(self, name: str, more: dict[str, Index] | None = None) -> None:
+        self.case = CASES[name]
+        torch.manual_seed(0)
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        self.model = self.case.model().eval()
+        if self.case.rand:
+            randomise(self.model, self.inputs(2))
+        self.case.prep(self.model)
+        self.masks = self.masks_of(self.case.pruned)
+        self.masked = masked_reference(self.model, self.masks | self.masks_of(more or {})).eval()
+
+    def inputs(self, batch: int | None = None) -> Any:
+        """Fresh ones; by default of the dummy input's batch size."""
+        return self.case.inputs(self.case.batches[0] if batch is None else batch, self.generator)
+
+    def masks_of(self, pruned: dict[str, Index]) -> dict[str, Tensor]:
+        """Zeros at these indices of the parameters."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        masks = {key: torch.ones(parameters[key].shape) for key in pruned}
+        for key, index in pruned.items():
+            masks[key][index] = 0
+        return masks
