@@ -13,7 +13,7 @@ from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
 from maskprop.graph.graph import shape_of
-from maskprop.infer.coupling import Coupling, Labels, Pin
+from maskprop.infer.coupling import Coupling, Cut, Labels, Pin
 from maskprop.infer.sweep import Inference
 
 
@@ -58,6 +58,19 @@ class Alignment:
                 value = value.index_select(axis, torch.from_numpy(np.flatnonzero(mask)))
         return value
 
+    def cuts_at(self, node: fx.Node) -> list[tuple[int, int, int, tuple[int, ...]]]:
+        """Operands of an op that are cut on entry: the input, its axis, and which of how many units repeatedly stay."""
+        found = []
+        for name, position, axis in sorted(self.coupling.cuts):
+            if name == node.name:
+                _, met = self.coupling.cuttable[name, position, axis]
+                leaves = np.moveaxis(self.solution.leaves(met), axis, -1)
+                stays = ~leaves.reshape(-1, leaves.shape[-1])[0]
+                if not stays.all():
+                    count = _period(stays)
+                    found.append((position, axis, count, tuple(np.flatnonzero(stays[:count]).tolist())))
+        return found
+
     def _kept(self, labels: Labels | None) -> list[Bools | None]:
         """Which units stay, an array an axis; empty if all do."""
         if labels is None or all(a is None for a in labels):
@@ -71,6 +84,7 @@ def align(
     channel_multiple: int = 1,
     extra_pins: tuple[Pin, ...] = (),
     even: frozenset[str] = frozenset(),
+    cuts: frozenset[Cut] | None = None,
 ) -> Alignment:
     """Solve for what leaves and lay out what stays.
 
@@ -78,16 +92,65 @@ def align(
         inference: after its sweeps.
         constants: ``"exact"``, ``"fold"`` (constants in biases only, borders approximate) or ``"drop"``.
         channel_multiple: keep a multiple of this many units along every shrunk axis.
-        extra_pins: labels that stay for reasons found later (labels are numbered the same in every walk).
+        extra_pins: labels that stay for reasons found later (labels are numbered the same in every walk with the same
+            cuts).
         even: names of nodes whose equal parts must stay equal, as found later.
+        cuts: operands to cut as they enter an op; by default those by which more leaves.
     """
-    c = couple(inference, constants, even)
-    c.pins += extra_pins
-    states = {
+
+    def solved(cuts: frozenset[Cut]) -> tuple[Coupling, Solution]:
+        return _solved(inference, constants, channel_multiple, extra_pins, even, cuts)
+
+    if cuts is None:
+        plain = solved(frozenset())
+        everything = frozenset(plain[0].cuttable)
+        worth = _worth(plain, solved(everything)) if everything else everything
+        c, s = solved(worth) if worth else plain
+    else:
+        c, s = solved(cuts)
+    states = _states(inference)
+    plan = Plan()
+    for name, node in states.items():
+        if node in inference.left:
+            continue
+        keeps = _keeps(c.labels_of(node), s)
+        if keeps:
+            plan.shapes[name] = shape_of(node)
+            plan.keep[name] = keeps
+    fold_constants(plan, c, s)
+    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s))
+
+
+def _worth(plain: tuple[Coupling, Solution], cut: tuple[Coupling, Solution]) -> frozenset[Cut]:
+    """Of all operands that could be cut on entry, those where more leaves if they are."""
+
+    def count(walk: tuple[Coupling, Solution], key: Cut) -> int:
+        return int(walk[1].leaves(walk[0].cuttable[key][1]).sum())
+
+    return frozenset(key for key in plain[0].cuttable if key in cut[0].cuttable and count(cut, key) > count(plain, key))
+
+
+def _states(inference: Inference) -> dict[str, fx.Node]:
+    """The model's own tensors."""
+    return {
         str(n.target): n
         for n in inference.graph.fx.nodes
         if n.op == "get_attr" and not {"lifted", "inserted"} & n.meta.keys()
     }
+
+
+def _solved(
+    inference: Inference,
+    constants: str,
+    channel_multiple: int,
+    extra_pins: tuple[Pin, ...],
+    even: frozenset[str],
+    cuts: frozenset[Cut],
+) -> tuple[Coupling, Solution]:
+    """Labels and relations, and what leaves by them."""
+    c = couple(inference, constants, even, cuts)
+    c.pins += extra_pins
+    states = _states(inference)
     owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]
@@ -102,16 +165,13 @@ def align(
             [(labels, channel_multiple) for labels in flat]
         )
     s.solve(restore)
-    plan = Plan()
-    for name, node in states.items():
-        if node in inference.left:
-            continue
-        keeps = _keeps(c.labels_of(node), s)
-        if keeps:
-            plan.shapes[name] = shape_of(node)
-            plan.keep[name] = keeps
-    fold_constants(plan, c, s)
-    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s))
+    return c, s
+
+
+def _period(mask: Bools) -> int:
+    """After how many units a choice repeats: heads stand in one axis with the batch."""
+    sizes = (n for n in range(1, len(mask)) if len(mask) % n == 0)
+    return next((n for n in sizes if (mask.reshape(-1, n) == mask[:n]).all()), len(mask))
 
 
 def _keeps(labels: Labels, s: Solution) -> list[Keep]:

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from maskprop.infer.coupling import Coupling
+from maskprop.graph.graph import is_op
+from maskprop.infer.coupling import Coupling, Cut, Labels, moved
+from maskprop.infer.facts import lead
+from maskprop.infer.op import Op
 from maskprop.infer.sweep import Inference
 
 
-def couple(inference: Inference, constants: str, even: frozenset[str] = frozenset()) -> Coupling:
+def couple(
+    inference: Inference, constants: str, even: frozenset[str] = frozenset(), cuts: frozenset[Cut] = frozenset()
+) -> Coupling:
     """Labels of every value and the relations between them.
 
     Args:
         inference: after its sweeps.
         constants: ``"exact"``, ``"fold"`` or ``"drop"``.
         even: see :class:`maskprop.infer.coupling.Coupling`.
+        cuts: likewise.
     """
     facts = inference.facts
     c = Coupling(
         constants=constants,
         even=even,
+        cuts=cuts,
         facts=facts.known,
         needed=facts.needed,
     )
+    shared = _shared_tables(inference)
     for node in inference.graph.fx.nodes:
         c.node = node.name
         if node in inference.left:
@@ -37,7 +47,10 @@ def couple(inference: Inference, constants: str, even: frozenset[str] = frozense
             c.labels[node] = c.labels[node.args[0]][node.args[1]]
         elif node.op == "call_function":
             op = inference.op(node)
-            c.labels[node] = inference.rule(node).couple(op, [c.labels_of(n) for n in op.inputs], c)
+            labels = [c.labels_of(n) for n in op.inputs]
+            if torch.Tag.pointwise in op.target.tags or op.target is torch.ops.aten.baddbmm.default:
+                labels = [_on_entry(op, i, labels, c) if n in shared else labels[i] for i, n in enumerate(op.inputs)]
+            c.labels[node] = inference.rule(node).couple(op, labels, c)
         elif node.op == "output":
             for source in node.all_input_nodes:
                 _keep(source, c, "is an output of the model")
@@ -57,3 +70,40 @@ def _keep(node: fx.Node, c: Coupling, reason: str) -> None:
     labels: Any = c.labels_of(node)
     for one in labels if isinstance(labels, tuple) else [labels]:
         c.pin_all(one, reason)
+
+
+def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> Labels:
+    """Labels of a shared operand as it enters an op: its own, or where it is cut there, those of what it meets."""
+    own = list(labels[position])
+    for axis, n in enumerate(op.shapes[position]):
+        place = axis - len(own)
+        if n == 1 or (op.target is torch.ops.aten.baddbmm.default and axis):
+            continue
+        others = (a for i, a in enumerate(labels) if i != position and op.shapes[i][place:][:1] == (n,))
+        met = next((a[place] for a in others if a[place] is not None), None)
+        cut = op.node.name, position, place
+        if met is not None:
+            c.cuttable[cut] = own[axis], met
+        if met is not None and cut in c.cuts:
+            c.pin(own[axis], "is cut where it is read")
+            same = c.uniform(met, [d for d in range(met.ndim) if d != met.ndim + place])
+            own[axis] = moved(same, lambda a: a.reshape(a.shape[max(0, a.ndim - len(own)) :]))
+            own[axis] = moved(own[axis], lambda a: lead(a, len(own)))
+    return own
+
+
+def _shared_tables(inference: Inference) -> set[fx.Node]:
+    """Values that several modules read and that no activation went into: slopes, rotations, position biases."""
+    active: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in inference.graph.fx.nodes:
+        if node.op == "placeholder":
+            if node.meta["tensor"].dtype.is_floating_point:
+                active.add(node)
+            continue
+        indexed = node.target is torch.ops.aten.embedding.default and not inference.facts.known[node.args[1]].total
+        if indexed or not active.isdisjoint(node.all_input_nodes):
+            active.add(node)
+        elif is_op(node) and any(user.meta.get("call", node.meta["call"]) != node.meta["call"] for user in node.users):
+            found.add(node)
+    return found

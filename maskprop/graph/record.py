@@ -36,6 +36,18 @@ _DEVICE = torch.ops.prim.device.default
 
 _Place = tuple[str, int, type]
 
+_inserting: list[bool] = []
+
+
+@contextmanager
+def inserted_ops() -> Iterator[None]:
+    """What is recorded meanwhile carries ``meta["inserted"]``: it is no part of the author's forward."""
+    _inserting.append(True)
+    try:
+        yield
+    finally:
+        _inserting.pop()
+
 
 class Recorder(TorchDispatchMode):
     """Turns dispatched ATen calls into the nodes of a :class:`Graph`.
@@ -290,6 +302,8 @@ class Recorder(TorchDispatchMode):
         node.args = args  # given at once, they would be searched for symbolic sizes, which takes most of the time
         if kwargs:
             node.kwargs = kwargs
+        if _inserting:
+            node.meta["inserted"] = True
         return self._tag(node, meta, place)
 
     def _emit(self, target: Any, args: Any, kwargs: Any, meta: Any) -> fx.Node:

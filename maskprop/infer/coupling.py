@@ -20,6 +20,8 @@ from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace, calls_alike
 
 Labels = list["Tensor | None"]
+# An operand of a node that is cut along one of its axes as it enters: node name, input, axis from the last.
+Cut = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,16 @@ class Coupling:
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
         nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
         multiples: label arrays of axes that must keep a multiple of some number of units.
+        cuts: operands that lose units only as they enter an op, and keep them elsewhere.
+        cuttable: of all operands that could, the labels where they come from, and those of what they meet.
         even: names of nodes whose equal parts must stay equal.
         uneven: names of nodes that cut an axis into equal parts which may become unequal.
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
     """
 
     constants: str = "exact"
+    cuts: frozenset[Cut] = frozenset()
+    cuttable: dict[Cut, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     even: frozenset[str] = frozenset()
     uneven: set[str] = field(default_factory=set)
     size: int = 0

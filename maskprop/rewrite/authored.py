@@ -58,10 +58,11 @@ class Patch:
         kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced),
             ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a tensor in
             an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted here) or
-            ``"root"`` (a root of a size stays that of another size).
-        at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting.
-        value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; else what comes in its
-            place.
+            ``"root"`` (a root of a size stays that of another size) or ``"kept"`` (some units of an operand are taken).
+        at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting;
+            kept: which operand, or the name of an argument.
+        value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; kept:
+            ``(axis, count, units)``; else what comes in its place.
     """
 
     place: Place
@@ -114,18 +115,22 @@ def place_of(cls: type, frames: Sequence[tuple[types.CodeType, int]]) -> Place:
     for frame in frames[-2::-1]:  # inwards
         inside = any(identity(frame[0]) == identity(code) for code in _nested(function.__code__))
         if not inside:
-            span = _span(function, last)
+            span = span_of(function, last)
             call = find(definition_of(function), span)
             names, sites = (*names, _called(call)), [*sites, span]
             function = resolve(cls, names)
             if identity(function.__code__) != identity(frame[0]):
                 raise NoSource(f"{names[-1]} is not what is called there")
         last = frame
-    return Place(names, tuple(sites), _span(function, last), digest_of(cls, names))
+    return Place(names, tuple(sites), span_of(function, last), digest_of(cls, names))
 
 
-def _span(function: types.FunctionType, frame: tuple[types.CodeType, int]) -> Span:
-    """Where in a function's source an instruction stands."""
+def span_of(function: types.FunctionType, frame: tuple[types.CodeType, int]) -> Span:
+    """Where in a function's source an instruction stands.
+
+    Raises:
+        NoSource: it does not tell.
+    """
     code, instruction = frame
     if not hasattr(code, "co_positions"):
         raise NoSource("before Python 3.11 instructions do not tell where they stand")

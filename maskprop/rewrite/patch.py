@@ -29,11 +29,14 @@ from maskprop.rewrite.authored import (
     NoSource,
     Patch,
     Place,
+    definition_of,
     expression_at,
+    find,
     identity,
     place_of,
     plain_function,
     resolve,
+    span_of,
 )
 from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
@@ -150,6 +153,10 @@ class _Patcher:
         assert want is not None
         if not frames:
             raise NoSource(f"{mismatch} does not arise in its forward")
+        for cut in self.replay.alignment.cuts_at(want):
+            patch = self._cut(want, cut, frames)
+            if patch not in getattr(cls, "generated_patches", ()):
+                return patch
         place = place_of(cls, [(frame.code, frame.instruction) for frame in frames])
         expression = expression_at(cls, place)
         shapes = self.replay.shapes[want]
@@ -179,6 +186,25 @@ class _Patcher:
         if isinstance(mismatch.wanted, (int, float)) and isinstance(expression, ast.Call):
             return Patch(place, "argument", _argument(expression, frames[0], mismatch.actual), mismatch.wanted)
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
+
+    def _cut(self, want: fx.Node, cut: tuple[int, int, int, tuple[int, ...]], frames: Frames) -> Patch:
+        """Take the units of an operand that stay: in the expression of the op, or in the call that hands it on."""
+        cls, (position, *value) = type(self.module), cut
+        try:
+            place = place_of(cls, [(frame.code, frame.instruction) for frame in frames])
+        except NoSource:  # in a function that the forward does not name
+            operand = frames[0].operand(position)
+            for depth in range(1, len(frames)):
+                outer = frames[depth:]
+                at = outer[0].argument(operand)
+                if at is not None:
+                    place = place_of(cls, [(frame.code, frame.instruction) for frame in outer])
+                    return Patch(place, "kept", at, tuple(value))
+            raise
+        expression = expression_at(cls, place)
+        if isinstance(expression, ast.Call) and not self._is_function(place, expression):
+            position -= 1  # the first operand is the receiver
+        return Patch(place, "kept", position, tuple(value))
 
     @staticmethod
     def _ratios(name: str, sizes: Sequence[int], planned: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
@@ -246,6 +272,29 @@ class _Frame:
         value = eval(code, self.frame.f_globals, self.frame.f_locals)
         return list(value[0] if len(value) == 1 and isinstance(value[0], (tuple, list)) else value)
 
+    def operand(self, position: int) -> Any:
+        """The variable that is an operand of the arithmetic under way."""
+        expression = self._expression()
+        operands = [expression.left, expression.right] if isinstance(expression, ast.BinOp) else []
+        names = [operand.id if isinstance(operand, ast.Name) else "" for operand in operands]
+        if position >= len(names) or names[position] not in self.frame.f_locals:
+            raise NoSource("the operand is no variable")
+        return self.frame.f_locals[names[position]]
+
+    def argument(self, value: Any) -> int | str | None:
+        """Position or keyword of a variable among the arguments of the call under way."""
+        call = self._expression()
+        if not isinstance(call, ast.Call):
+            return None
+        for at, given in [*enumerate(call.args), *((k.arg, k.value) for k in call.keywords)]:
+            if isinstance(given, ast.Name) and at is not None and self.frame.f_locals.get(given.id) is value:
+                return at
+        return None
+
+    def _expression(self) -> ast.AST:
+        function = types.FunctionType(self.code, self.frame.f_globals, closure=_cells(self.code))
+        return find(definition_of(function), span_of(function, (self.code, self.instruction)))
+
 
 Frames = list[_Frame]
 
@@ -263,6 +312,10 @@ def _argument(call: ast.Call, frame: _Frame, number: float) -> int | str:
     if len(found) != 1:
         raise NoSource(f"{len(found)} arguments of '{ast.unparse(call)}' are {number}")
     return found[0]
+
+
+def _cells(code: types.CodeType) -> tuple[types.CellType, ...]:
+    return tuple(types.CellType() for _ in code.co_freevars)
 
 
 class _PlaceRecorder(Recorder):

@@ -7,10 +7,13 @@ import ast
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from maskprop.graph.record import inserted_ops
 from maskprop.rewrite.authored import (
     Chain,
     NoSource,
@@ -56,11 +59,24 @@ def dense_scale(sizes: tuple[tuple[int, int], ...], query: Tensor) -> float:
     return float(dense_size(sizes, query.shape[-1]) ** -0.5)
 
 
+def kept(axis: int, count: int, units: tuple[int, ...], value: Any) -> Any:
+    """Some of every ``count`` units along an axis of a tensor; what is no tensor, or repeats one unit, stays."""
+    if not isinstance(value, Tensor) or value.ndim < -axis or value.shape[axis] == 1:
+        return value
+    with nullcontext() if torch.compiler.is_compiling() else inserted_ops():
+        places = torch.tensor(units, device=value.device)
+        if value.shape[axis] == count:
+            return value.index_select(axis, places)
+        axis %= value.ndim
+        return value.unflatten(axis, (-1, count)).index_select(axis + 1, places).flatten(axis, axis + 1)
+
+
 _HELPERS: dict[str, Callable[..., Any]] = {
     "maskprop_scaled": scaled,
     "maskprop_instead": instead,
     "maskprop_dense_size": dense_size,
     "maskprop_dense_scale": dense_scale,
+    "maskprop_kept": kept,
 }
 
 
@@ -193,6 +209,8 @@ class _Rewrite(ast.NodeTransformer):
                 node.args = [self._instead(a) for a in node.args]
         elif patch.kind == "root":
             self._set_root(node)
+        elif patch.kind == "kept":
+            self._set_operand(node)
         elif isinstance(node, ast.Call) and patch.kind == "argument":
             self._set_argument(node)
         elif isinstance(node, ast.Call) and patch.kind == "parts":
@@ -215,6 +233,29 @@ class _Rewrite(ast.NodeTransformer):
             call.args[at] = value
         else:
             call.keywords = [k for k in call.keywords if k.arg != at] + [ast.keyword(at, value)]
+
+    def _set_operand(self, node: ast.AST) -> None:
+        at: Any = self.patch.at
+
+        def some(value: ast.expr) -> ast.expr:
+            return ast.Call(ast.Name("maskprop_kept", ast.Load()), [*map(_constant, self.patch.value), value], [])
+
+        if isinstance(node, ast.BinOp) and at == 0:
+            node.left = some(node.left)
+        elif isinstance(node, ast.BinOp):
+            node.right = some(node.right)
+        elif isinstance(node, ast.AugAssign) and at == 1:
+            node.value = some(node.value)
+        elif isinstance(node, ast.Call) and isinstance(at, str):
+            for keyword in node.keywords:
+                if keyword.arg == at:
+                    keyword.value = some(keyword.value)
+        elif isinstance(node, ast.Call) and at == -1 and isinstance(node.func, ast.Attribute):
+            node.func.value = some(node.func.value)
+        elif isinstance(node, ast.Call) and 0 <= at < len(node.args):
+            node.args[at] = some(node.args[at])
+        else:
+            raise NoSource("that operand cannot be changed")
 
     def _set_root(self, node: ast.AST) -> None:
         sizes = _constant(self.patch.value)

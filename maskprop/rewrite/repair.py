@@ -20,7 +20,7 @@ from maskprop.errors import ReplaceError, RewriteError
 from maskprop.graph.graph import Graph, shape_of
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import Inputs
-from maskprop.infer.coupling import Pin
+from maskprop.infer.coupling import Cut, Pin
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
@@ -112,9 +112,10 @@ class Repair:
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
             self.edits.rollback(mark)
-            parts = self._uneven(alignment, replay, mismatch)
-            more = [] if parts else self._pins(alignment, replay, mismatch)
-            if not parts and not more:
+            uncut = self._uncut(alignment, replay, mismatch)
+            parts = frozenset() if uncut else self._uneven(alignment, replay, mismatch)
+            more = [] if uncut or parts else self._pins(alignment, replay, mismatch)
+            if not uncut and not parts and not more:
                 raise RewriteError(
                     f"the rewritten model does not follow the plan at {mismatch}, and nothing that could be "
                     "kept instead explains it. "
@@ -123,7 +124,9 @@ class Repair:
             self.pinned.append(str(mismatch))
             pins += more
             even |= parts
-            alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins), even)
+            alignment = align(
+                self.inference, self.constants, self.channel_multiple, tuple(pins), even, alignment.coupling.cuts
+            )
         raise RewriteError(
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
@@ -282,6 +285,13 @@ class Repair:
         return any(old != new for old, new in itertools.chain(shapes, *map(replay.around, replay.ops_of(path))))
 
     # -- giving up ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _uncut(alignment: Alignment, replay: Replay, mismatch: Mismatch) -> frozenset[Cut]:
+        """Operands of the class at fault that are cut on entry: those shall come whole again before anything else."""
+        kind = None if mismatch.op is None else mismatch.op.meta["module"]
+        names = {n.name for n in replay.ops if n.meta["module"] is kind}
+        return frozenset(cut for cut in alignment.coupling.cuts if cut[0] in names)
 
     @staticmethod
     def _uneven(alignment: Alignment, replay: Replay, mismatch: Mismatch) -> frozenset[str]:

@@ -317,3 +317,92 @@ class PooledHeads(nn.Module):
         q, k, v = pooled
         y = (q @ k.transpose(-2, -1)).softmax(-1) @ v + q
         return self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class Biased(nn.Module):
+    """Scores with a bias for each head, which comes from outside or is made of a table, and is handed on whole."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.o = nn.Linear(12, 12)
+        self.heads = 3
+        self.table = nn.Embedding(5, 3) if table else None
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        n, t, _c = x.shape
+        if bias is None:
+            places = torch.arange(t)
+            bias = self.table((places[:, None] - places).abs().clamp(max=4)).permute(2, 0, 1)[None]
+        q, k, v = (p.view(n, t, self.heads, -1).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        attend = biased
+        return self.o(attend(q, k, v, bias=bias).transpose(1, 2).reshape(n, t, -1)), bias
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * 0.5
+    scores = scores + bias
+    return scores.softmax(-1) @ v
+
+
+@case(
+    vectors(5, 12),
+    {"a.o.weight": (ALL, [0, 1, 2, 3]), "b.o.weight": (ALL, [4, 5, 6, 7])},
+    {
+        f"{name}.{key}": shape
+        for name in "ab"
+        for key, shape in (("qkv.weight", (24, 12)), ("qkv.bias", (24,)), ("o.weight", (12, 8)))
+    },
+)
+class SharedTable(nn.Module):
+    """Two layers share the position bias of one, and lose different heads"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Biased(True), Biased(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, bias = self.a(x)
+        return self.b(x, bias)[0]
+
+
+class Sloped(nn.Module):
+    """Slopes come with the heads folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.o = nn.Linear(12, 12)
+        self.heads = 3
+
+    def forward(self, x: Tensor, slopes: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        q, k, v = (
+            p.reshape(n, t, self.heads, -1).transpose(1, 2).reshape(n * self.heads, t, -1)
+            for p in self.qkv(x).chunk(3, -1)
+        )
+        weights = slopes.baddbmm(q, k.transpose(1, 2), alpha=0.5).softmax(-1)
+        return self.o((weights @ v).view(n, self.heads, t, -1).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(
+    vectors(5, 12),
+    {"a.o.weight": (ALL, [0, 1, 2, 3]), "b.o.weight": (ALL, [4, 5, 6, 7])},
+    {
+        f"{name}.{key}": shape
+        for name in "ab"
+        for key, shape in (("qkv.weight", (24, 12)), ("qkv.bias", (24,)), ("o.weight", (12, 8)))
+    },
+)
+class SharedSlopes(nn.Module):
+    """Slopes that no parameter holds: each layer takes those of its heads"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Sloped(), Sloped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _c = x.shape
+        slopes = (2.0 ** -torch.arange(1, 4))[None, :, None] * torch.arange(t)[None, None]
+        slopes = slopes.repeat(n, 1, 1).view(n * 3, 1, t)
+        return self.b(self.a(x, slopes), slopes)
