@@ -145,8 +145,7 @@ class Inference:
             known[node] = known[node.args[0]][node.args[1]]  # type: ignore[index]
         elif node.op == "call_function":
             op = self.op(node)
-            rule = self.rule(node) if op.inputs else UNKNOWN  # of numbers alone: as it comes
-            known[node] = rule.known(op, [known[n] for n in op.inputs])
+            known[node] = self.rule(node).known(op, [known[n] for n in op.inputs])
 
     def update_indirect(self, node: fx.Node) -> None:
         """Send one node's neededness to its inputs."""

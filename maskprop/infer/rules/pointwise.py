@@ -25,6 +25,8 @@ class Pointwise(Rule):
     """Any op with the pointwise tag."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        if not facts:  # of numbers alone
+            return Fact.constant(len(op.shape), op.run)
         known = facts[0].known
         for fact in facts[1:]:
             known = known & fact.known
@@ -84,7 +86,7 @@ class Mul(Pointwise):
     """``a * b``: zero where either is."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if len(facts) == 1:
+        if len(facts) < 2:
             return super().known(op, facts)
         a, b = facts
         zero = a.zero | b.zero
@@ -104,7 +106,7 @@ class Div(Pointwise):
     """``a / b``: zero where ``a`` is (``b`` is taken to be finite and not zero)."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if len(facts) == 1 or op.arg("rounding_mode") is not None:
+        if len(facts) < 2 or op.arg("rounding_mode") is not None:
             return super().known(op, facts)
         a, b = facts
         if op.position("self") is None:  # scalar / tensor
