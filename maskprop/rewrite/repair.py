@@ -122,11 +122,10 @@ class Repair:
                     "The model is unchanged. Leave the masks of that module out, or give a customized_replacer for it."
                 )
             self.pinned.append(str(mismatch))
-            pins += more
+            pins = [] if uncut else pins + more  # other cuts, other labels
             even |= parts
-            alignment = align(
-                self.inference, self.constants, self.channel_multiple, tuple(pins), even, alignment.coupling.cuts
-            )
+            cuts = alignment.coupling.cuts - uncut
+            alignment = align(self.inference, self.constants, self.channel_multiple, tuple(pins), even, cuts)
         raise RewriteError(
             f"after {MAX_SOLVES} attempts the model still does not follow the plan; the last difference was "
             f"at {self.pinned[-1]}. The model is unchanged."
