@@ -25,6 +25,7 @@ import maskprop
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import frozen_state, plain_kernels, quiet
+from maskprop.rewrite.arguments import number_arguments
 from maskprop.rewrite.authored import (
     NoSource,
     Patch,
@@ -42,7 +43,7 @@ from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import attention_scale
 from maskprop.rewrite.patched import patched_class
-from maskprop.rewrite.replay import Mismatch, Replay, number_arguments
+from maskprop.rewrite.replay import Mismatch, Replay
 
 log = logging.getLogger(__name__)
 

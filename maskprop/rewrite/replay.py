@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
 from maskprop.align.align import Alignment
 from maskprop.align.constants import number_at
 from maskprop.graph.graph import Graph, TensorMeta, is_op
 from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.op import Op
+from maskprop.rewrite.arguments import number_arguments, settings_of
 
 aten = torch.ops.aten
 
@@ -33,10 +32,7 @@ _RESHAPES = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
 }  # fmt: skip
-# Types of arguments that may hold a number to compute with; sizes and axes are of type int.
-_NUMBERS = ("Tensor", "number", "float", "Optional[number]", "Optional[float]")
-# Arguments of type int that are no size: with others every shape is right, and every number wrong.
-_COUNTS = {(aten.native_group_norm.default, "group")}
+_BOUNDED = (aten.slice.Tensor, aten.select.int)  # what begins somewhere along an axis
 _SAME = {
     aten._unsafe_view.default: aten.view.default,
     aten.reshape.default: aten.view.default,
@@ -88,7 +84,7 @@ class Replay:
         self._position: dict[fx.Node, int] = {}
         self._place = {n: i for i, n in enumerate(self.ops)}
         self._dense: dict[bool, list[fx.Node]] = {}
-        self._starts = {n: self._expected_start(n) for n in self.ops if n.target is aten.slice.Tensor}
+        self._starts = {n: self._expected_start(n) for n in self.ops if n.target in _BOUNDED}
         for node in self.ops:
             mates = self._by_path.setdefault(str(node.meta["path"]), [])
             self._position[node] = len(mates)
@@ -186,10 +182,13 @@ class Replay:
     def _first_mismatch(
         self, dense: list[fx.Node], compact: list[fx.Node], error: Exception | None, path: str
     ) -> Mismatch | None:
+        mates: dict[fx.Node, fx.Node] = {}
         for want, got in zip(dense, compact, strict=False):
-            found = self.differs(want, got)
+            found = self.differs(want, got) or _other_input(want, got, mates)
+            mates[want] = got
             if found is not None:
-                return Mismatch(self._place[want], str(want.meta["path"]), want, *found, got=got)
+                wanted, actual = found
+                return Mismatch(self._place[want], str(want.meta["path"]), want, wanted, actual, got=got)
         n = min(len(dense), len(compact))
         at = dense[n] if n < len(dense) else None
         index = len(self.ops) if at is None else self._place[at]
@@ -224,7 +223,7 @@ class Replay:
         if wanted != actual:
             return wanted, actual
         if want in self._starts and self._starts[want] != _start(got, _in_shape(got)):
-            return f"a slice from {self._starts[want]}", f"one from {_start(got, _in_shape(got))}"
+            return f"the units from {self._starts[want]}", f"those from {_start(got, _in_shape(got))}"
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
             left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not _equal(left, right):
@@ -232,10 +231,14 @@ class Replay:
         for (x, _), (y, _) in zip(self._numbers(want), self._numbers(got), strict=False):
             if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
                 return x, y
+        if want.target is got.target:
+            before, now = settings_of(want), settings_of(got)
+            if before != now:
+                return next((f"{k}={v}", f"{k}={now[k]}") for k, v in before.items() if now[k] != v)
         return None
 
     def _expected_start(self, node: fx.Node) -> int | None:
-        """Where a slice starts: units before it may have left, which its size does not show."""
+        """Where a part starts: units before it may have left, which its size does not show."""
         (source,), shape = node.all_input_nodes, _in_shape(node)
         start = _start(node, shape)
         return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
@@ -282,14 +285,16 @@ def _made(node: fx.Node) -> fx.Node:
     return node
 
 
-@functools.cache
-def number_arguments(op: OpOverload) -> list[tuple[int, str, Any]]:
-    """Arguments that hold a number to compute with, not a size: position, name and default."""
-    return [
-        (i, a.name, a.default_value if a.has_default_value() else None)
-        for i, a in enumerate(op._schema.arguments)
-        if str(a.real_type) in _NUMBERS or (op, a.name) in _COUNTS
-    ]
+def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:
+    """What two matching calls read, where that does not match: by its size ``forward`` may choose what it reads."""
+    if len(want.all_input_nodes) != len(got.all_input_nodes):
+        return None
+    for a, b in zip(map(_made, want.all_input_nodes), map(_made, got.all_input_nodes), strict=True):
+        states = a.op == b.op == "get_attr" and not {"lifted", "inserted"} & (a.meta.keys() | b.meta.keys())
+        mate = mates.get(a)
+        if (states and a.target != b.target) or (mate not in (None, b) and b in mates.values()):
+            return f"a result of {a}", f"one of {b}"
+    return None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -311,10 +316,13 @@ def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
 
 
 def _start(node: fx.Node, shape: tuple[int, ...] | None) -> int | None:
-    """Where a slice of a value of that shape starts."""
-    if shape is None or node.target is not aten.slice.Tensor:
+    """Where a part of a value of that shape starts."""
+    if shape is None or node.target not in _BOUNDED:
         return None
     op = Op(node)
+    if node.target is aten.select.int:
+        index: int = op.arg("index") % shape[op.arg("dim")]
+        return index
     return slice(op.arg("start"), op.arg("end")).indices(shape[op.arg("dim")])[0]
 
 

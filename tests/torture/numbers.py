@@ -104,3 +104,69 @@ CASES["SlopesOfHeads"] = Case(
 class FilledByName(Hidden):
     def change(self, h: Tensor) -> Tensor:
         return h * torch.full((1,), fill_value=1 / h.shape[1])
+
+
+class Chosen(Hidden):
+    """By its size ``forward`` chooses what it computes: nothing can leave, and nothing may go wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(8, 3)
+        self.shifts = nn.ParameterList(nn.Parameter(torch.randn(3)) for _ in range(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.choose(self.a(x))
+
+    def choose(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@case(vectors(6), ROWS, {})
+class ChosenLayer(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        return (self.b if h.shape[1] > 7 else self.c)(h)
+
+
+@case(vectors(6), ROWS, {})
+class ChosenParameter(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        return self.b(h) + self.shifts[h.shape[1]]
+
+
+@case(vectors(6), ROWS, {})
+class ChosenValue(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        one, other = self.b(h), self.c(h)
+        return (one if h.shape[1] > 7 else other).tanh() + one * other
+
+
+@case(vectors(9, 6), ROWS, {})
+class ChosenDiagonal(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        return self.b((h @ h.mT).triu(h.shape[2] - 7) @ h)
+
+
+@case(vectors(9, 6), ROWS, {})
+class ChosenStep(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        return self.b(h[:, h.shape[2]])
+
+
+@case(vectors(9, 6), ROWS, {})
+class ChosenWindow(Chosen):
+    def choose(self, h: Tensor) -> Tensor:
+        k = h.shape[2] // 4
+        return self.b(torch.max_pool1d(h.mT, 2 * k + 1, 1, k).mT)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 3],), "a.bias": ([0, 3],)},
+    {"a.weight": (7, 6), "a.bias": (7,), "b.weight": (3, 7)},
+)
+class UnitByNumber(Hidden):
+    """a unit that is read by its number, so that none before it may leave"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h) + h[:, 2, None]

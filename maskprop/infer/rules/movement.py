@@ -19,6 +19,7 @@ from maskprop.infer.rules.steps import (
     Expand,
     Part,
     Permute,
+    Pick,
     Reshape,
     Roll,
     Shape,
@@ -109,20 +110,20 @@ def _slice(op: Op) -> list[Step]:
     return [Slice(shape, dim, start, max(start, stop), step)]
 
 
-def _select_step(shape: Shape, dim: int, index: int, pins: str) -> list[Step]:
-    index %= shape[dim]
-    taken = Slice(shape, dim, index, index + 1, pins=pins)
-    return [taken, Reshape(taken.dst, (*shape[:dim], *shape[dim + 1 :]))]
+def _without(shape: Shape, dim: int) -> Shape:
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def _select(op: Op) -> list[Step]:
-    (dim,) = _dims(op)
-    return _select_step(op.shapes[0], dim, op.arg("index"), "has one index selected along this axis")
+    shape, (dim,) = op.shapes[0], _dims(op)
+    taken = Pick(shape, dim, (op.arg("index"),))
+    return [taken, Reshape(taken.dst, _without(shape, dim))]
 
 
 def _unbind(op: Op) -> list[list[Step]]:
-    (dim,) = _dims(op)
-    return [_select_step(op.shapes[0], dim, i, "is unbound along this axis") for i in range(op.shapes[0][dim])]
+    shape, (dim,) = op.shapes[0], _dims(op)
+    taken = [Slice(shape, dim, i, i + 1, pins="is unbound along this axis") for i in range(shape[dim])]
+    return [[one, Reshape(one.dst, _without(shape, dim))] for one in taken]
 
 
 def _split_parts(op: Op) -> list[list[Step]]:
