@@ -241,7 +241,9 @@ class _Generator:
                 node.target = "split" if node.op == "call_method" else torch.split
         elif name in ("getitem", "setitem"):
             items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-            made = tuple(self._mend_slice(item, env) if isinstance(item, slice) else item for item in items)
+            ops = itertools.takewhile(lambda n: n.target in _INDEXING, self.dense[self.at :])
+            cuts = [n for n in ops if n.target is aten.slice.Tensor]  # in the order of the items that make them
+            made = tuple(self._mend_slice(item, env, cuts) if isinstance(item, slice) else item for item in items)
             node.args = (node.args[0], made, *node.args[2:])
         else:
             scalars = self.replay.numbers(want)
@@ -254,20 +256,21 @@ class _Generator:
                 raise _GiveUp(f"'{node.format_node()}' gives {wrong}, and holds no number that could be changed")
             node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
 
-    def _mend_slice(self, item: slice, env: dict[fx.Node, Any]) -> slice:
-        """The slice with planned bounds in place of those that move."""
+    def _mend_slice(self, item: slice, env: dict[fx.Node, Any], cuts: list[fx.Node]) -> slice:
+        """The slice with planned bounds where those move; takes its op from ``cuts``."""
         start, stop, step = (env[b] if isinstance(b, fx.Node) else b for b in (item.start, item.stop, item.step))
-        for op in itertools.takewhile(lambda n: n.target in _INDEXING, self.dense[self.at :]):
-            if op.target is aten.slice.Tensor:
-                call = Op(op)
-                axis, (source,) = call.arg("dim"), call.inputs
-                size = call.shapes[0][axis]
-                bounds = slice(call.arg("start"), call.arg("end"), call.arg("step")).indices(size)
-                if slice(start, stop, step).indices(size) == bounds:
-                    with _disable_current_modes():
-                        first, last = (self.replay.alignment.expected_bound(source, axis, b) for b in bounds[:2])
-                    return slice(item.start and first, item.stop and last, item.step)
-        return item
+        if not cuts:
+            return item
+        call = Op(cuts[0])
+        axis, (source,) = call.arg("dim"), call.inputs
+        size = call.shapes[0][axis]
+        bounds = slice(call.arg("start"), call.arg("end"), call.arg("step")).indices(size)
+        if slice(start, stop, step).indices(size) != bounds:
+            return item
+        del cuts[0]
+        with _disable_current_modes():
+            first, last = (self.replay.alignment.expected_bound(source, axis, b) for b in bounds[:2])
+        return item if (first, last) == bounds[:2] else slice(item.start and first, item.stop and last, item.step)
 
     def _mend_sizes(
         self, node: fx.Node, env: dict[fx.Node, Any], name: str, want: fx.Node, shape: Sequence[int]

@@ -296,3 +296,45 @@ class MHAKdim(nn.Module):
 
     def forward(self, x, y):
         return self.a(x, y, y)
+
+
+def any_size(n: int, g: torch.Generator) -> Tensor:
+    return torch.randn(n, 8, 4 + n, 5 + n, generator=g)
+
+
+@case(
+    any_size,
+    {"c.weight": ([0, 4],), "c.bias": ([0, 4],)},
+    {"c.weight": (6, 8, 1, 1), "c.bias": (6,), "o.weight": (3, 6, 1, 1)},
+)
+class Shifted(nn.Module):
+    """parts of the channels move in space (Lin et al., 2019): their bounds change, those in space do not"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.o = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(x)
+        y = torch.zeros_like(h)
+        y[:, :2, :-1] = h[:, :2, 1:]
+        y[:, 2:4, 1:] = h[:, 2:4, :-1]
+        y[:, 4:] = h[:, 4:]
+        return self.o(y)
+
+
+@case(
+    any_size,
+    {"c.weight": ([0, 1, 5],), "c.bias": ([0, 1, 5],)},
+    {"c.weight": (5, 8, 1, 1), "c.bias": (5,), "o.weight": (3, 2, 1, 1), "p.weight": (3, 3, 1, 1)},
+)
+class SameBounds(nn.Module):
+    """the channels are cut at the same numbers as space is"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.o, self.p = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(x)
+        return self.o(h[:, :4, :4, :4]) + self.p(h[:, 4:, -4:, :4])
