@@ -75,6 +75,31 @@ def test_compress_then_speed_up(pruner_type: type[mp.Pruner]) -> None:
     assert (model(X) - masked).norm() <= 1e-5 * masked.norm()
 
 
+def test_groups_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pruners, a schedule and the speedup share one discovery and one trace."""
+    from maskprop import speedup as engine
+    from maskprop.pruning import pruner as base
+
+    def again(*args: Any, **options: Any) -> Any:
+        raise AssertionError("traced or discovered again")
+
+    model = network()
+    groups = mp.prunable_groups(model, X)
+    monkeypatch.setattr(base, "prunable_groups", again)
+    kept = [p(model, 0.5, groups=groups).prune().kept for p in (mp.L1NormPruner, mp.L2NormPruner, mp.FPGMPruner)]
+    assert kept == [{"0": 4, "3": 3}] * 3
+    pruner = mp.L1NormPruner(model, 0.5, groups=groups)
+    mp.AGPPruner(pruner, total_times=2).compress()
+    pruner.unwrap_model()
+    handed: list[Any] = []
+    real = engine.trace
+    monkeypatch.setattr(engine, "trace", lambda m, i, t: handed.append(real(m, i, t)) or handed[-1])
+    ModelSpeedup(model, X, pruner.masks, tracer=groups.tracer).speedup_model()
+    assert model[0].out_channels == 4
+    assert all(graph is groups.graph for graph in handed)
+    assert handed
+
+
 def test_a_pruner_of_ones_own() -> None:
     class LastPruner(mp.Pruner):
         """Prunes the last units."""
