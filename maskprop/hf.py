@@ -152,7 +152,7 @@ class PlanQuantizer(HfQuantizer):
         self._buffers: dict[str, Tensor] = {}
         data, folder = self._read(model, options.get("checkpoint_files"))
         record, part, prefix = _fit(data, model)
-        left_out = hidden_buffers(part)
+        left_out = {name: buffer.clone() for name, buffer in hidden_buffers(part).items()}  # the plan works in place
         apply_record(part, record, _trust.get())
         if (folder / BUFFERS).is_file():
             saved = load_file(folder / BUFFERS)

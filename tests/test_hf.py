@@ -276,7 +276,7 @@ class Scaled(transformers.PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Scaled):
             with torch.no_grad():
-                module.scale.copy_(torch.arange(1.0, len(module.scale) + 1))
+                module.scale.copy_(torch.arange(1.0, self.config.width + 1))  # as rotary embeddings do: at dense size
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x) * self.scale)
