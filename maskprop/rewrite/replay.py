@@ -170,21 +170,22 @@ class Replay:
         """
         self._constants.update({n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"})
         made = graph.ops
-        found = self._first_mismatch(self.dense(True, expected), self.significant(made, True), error, path)
+        found = self._first_mismatch(True, expected, made, error, path)
         if found is None:
             return None
-        lenient = self._first_mismatch(self.dense(False, expected), self.significant(made, False), error, path)
+        lenient = self._first_mismatch(False, expected, made, error, path)
         # where both see the same op at fault, the strict one names the reshape before it
         if lenient is None or found.op is None or lenient.op is None:
             return lenient
         return found if found.index >= lenient.index - 3 and found.path == lenient.path else lenient
 
     def _first_mismatch(
-        self, dense: list[fx.Node], compact: list[fx.Node], error: Exception | None, path: str
+        self, strict: bool, expected: Sequence[fx.Node] | None, made: list[fx.Node], error: Exception | None, path: str
     ) -> Mismatch | None:
+        dense, compact = self.dense(strict, expected), self.significant(made, strict)
         mates: dict[fx.Node, fx.Node] = {}
         for want, got in zip(dense, compact, strict=False):
-            found = self.differs(want, got) or _other_input(want, got, mates)
+            found = self.differs(want, got, strict) or _other_input(want, got, mates)
             mates[want] = got
             if found is not None:
                 wanted, actual = found
@@ -213,14 +214,17 @@ class Replay:
         found = self.shapes.get(source)
         return self.alignment.expected_shape(source) if found is None else found[0]
 
-    def differs(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
-        """What was wanted and what came, where a compact op is not what the dense one says."""
+    def differs(self, want: fx.Node, got: fx.Node, strict: bool = True) -> tuple[Any, Any] | None:
+        """What was wanted and what came, where a compact op is not what the dense one says.
+
+        Not ``strict``: axes of size 1 may stand anywhere, as ``einsum`` moves them.
+        """
         if _SAME.get(want.target, want.target) is not _SAME.get(got.target, got.target):  # type: ignore[call-overload]
             return want.target, got.target
         wanted, actual = self.shapes[want], _shapes(got)
         if len(wanted) == len(actual):  # results that nothing reads do not matter
             actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
-        if wanted != actual:
+        if wanted != actual and (strict or _without_ones(wanted) != _without_ones(actual)):
             return wanted, actual
         if want in self._starts and self._starts[want] != _start(got, _in_shape(got)):
             return f"the units from {self._starts[want]}", f"those from {_start(got, _in_shape(got))}"
@@ -313,6 +317,10 @@ def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
     meta = node.meta["tensor"]
     return tuple(None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,)))
+
+
+def _without_ones(shapes: tuple[tuple[int, ...] | None, ...]) -> list[list[int] | None]:
+    return [None if shape is None else [n for n in shape if n != 1] for shape in shapes]
 
 
 def _start(node: fx.Node, shape: tuple[int, ...] | None) -> int | None:

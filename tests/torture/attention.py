@@ -406,3 +406,27 @@ class SharedSlopes(nn.Module):
         slopes = (2.0 ** -torch.arange(1, 4))[None, :, None] * torch.arange(t)[None, None]
         slopes = slopes.repeat(n, 1, 1).view(n * 3, 1, t)
         return self.b(self.a(x, slopes), slopes)
+
+
+@case(
+    vectors(5, 8),
+    {
+        "qkv.weight": ([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19],),
+        "qkv.bias": ([0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19],),
+    },
+    {"qkv.weight": (12, 8), "qkv.bias": (12,), "o.weight": (8, 4)},
+)
+class OneHeadLeft(nn.Module):
+    """einsum lays an axis of size 1 out in another order"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.far = nn.Parameter(torch.randn(5, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1) + torch.einsum("bhic,ijc->bhij", q, self.far)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1))
