@@ -235,11 +235,17 @@ class Replay:
         for (x, _), (y, _) in zip(self._numbers(want), self._numbers(got), strict=False):
             if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
                 return x, y
-        if want.target is got.target:
+        if want.target is got.target and (strict or not self._moves_alike(want, got)):
             before, now = settings_of(want), settings_of(got)
             if before != now:
                 return next((f"{k}={v}", f"{k}={now[k]}") for k, v in before.items() if now[k] != v)
         return None
+
+    def _moves_alike(self, want: fx.Node, got: fx.Node) -> bool:
+        """Whether two permutations bring the axes that are not of size 1 in the same order."""
+        if want.target is not aten.permute.default:
+            return False
+        return _order(want, self._input_shape(want) or ()) == _order(got, _in_shape(got) or ())
 
     def _expected_start(self, node: fx.Node) -> int | None:
         """Where a part starts: units before it may have left, which its size does not show."""
@@ -321,6 +327,13 @@ def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
 
 def _without_ones(shapes: tuple[tuple[int, ...] | None, ...]) -> list[list[int] | None]:
     return [None if shape is None else [n for n in shape if n != 1] for shape in shapes]
+
+
+def _order(permute: fx.Node, shape: tuple[int, ...]) -> list[int]:
+    """Where the axes that are not of size 1 stood among their like, in the order of the result."""
+    axes = [axis for axis, size in enumerate(shape) if size != 1]
+    dims = [dim % len(shape) for dim in Op(permute).arg("dims")]
+    return [axes.index(dim) for dim in dims if dim in axes]
 
 
 def _start(node: fx.Node, shape: tuple[int, ...] | None) -> int | None:
