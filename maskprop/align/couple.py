@@ -106,4 +106,6 @@ def _shared_tables(inference: Inference) -> set[fx.Node]:
             active.add(node)
         elif is_op(node) and any(user.meta.get("call", node.meta["call"]) != node.meta["call"] for user in node.users):
             found.add(node)
+        elif node.target is torch.ops.aten.slice.Tensor and node.args[0] in found:
+            found.add(node)  # of a table for longer inputs
     return found

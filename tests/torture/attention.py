@@ -334,9 +334,10 @@ class Biased(nn.Module):
         if bias is None:
             places = torch.arange(t)
             bias = self.table((places[:, None] - places).abs().clamp(max=4)).permute(2, 0, 1)[None]
+        part = bias[..., -t:]
         q, k, v = (p.view(n, t, self.heads, -1).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
         attend = biased
-        return self.o(attend(q, k, v, bias=bias).transpose(1, 2).reshape(n, t, -1)), bias
+        return self.o(attend(q, k, v, bias=part).transpose(1, 2).reshape(n, t, -1)), bias
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
