@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,35 @@ def test_settings_that_modules_share_go_on_being_shared(tmp_path: Path) -> None:
         reference[0].out.weight[:, 2 * WIDTH // HEADS :] = 0
     assert model[0].qkv.out_features == WIDTH
     assert relative_error(model(x), reference(x)) < 1e-5
+
+
+class Stretching(nn.Module):
+    """Long sequences take another branch, and no source tells which number to change: the forward is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.shape[1] > 6:
+            y = y * 2
+        if y.shape[-1] == WIDTH:
+            y = y.view(x.shape[0], -1, WIDTH // 2, 2).flip(-1).flatten(2)
+        return self.b(y)
+
+    forward = types.FunctionType(_forward.__code__.replace(co_filename="<nowhere>"), _forward.__globals__)
+
+
+def test_a_traced_forward_refuses_calls_that_take_another_branch() -> None:
+    masks = {f"a.{part}": (torch.arange(WIDTH) > 3).float() for part in PARTS}
+    masks["a.weight"] = masks["a.weight"][:, None]
+    model = Stretching()
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 5, WIDTH), masks).speedup_model()
+    assert model.a.out_features == WIDTH - 4
+    assert hasattr(type(model), "generated_source")
+    x = torch.randn(3, 6, WIDTH)
+    assert relative_error(model(x), reference(x)) < 1e-5
+    with pytest.raises(AssertionError, match="speed the model up with inputs such as these"):
+        model(torch.randn(3, 7, WIDTH))

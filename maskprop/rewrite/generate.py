@@ -25,7 +25,7 @@ from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import frozen_state, plain_kernels, quiet
 from maskprop.infer.op import Op
 from maskprop.rewrite.calls import Arguments
-from maskprop.rewrite.concolic import header, run_node, trace_module
+from maskprop.rewrite.concolic import OTHER_BRANCH, header, run_node, trace_module
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import generated_class
 from maskprop.rewrite.replay import Replay
@@ -139,6 +139,11 @@ class _Generator:
                 env[node] = arguments[str(node.target)]
                 for name, tensor in tensors_in(env[node], str(node.target)):
                     self.recorder.add_input(tensor, name)
+                continue
+            if node.target is torch._assert and node.args[1] == OTHER_BRANCH:
+                condition = node.all_input_nodes[0]
+                if not env[condition]:  # what was decided by a dense size stays so
+                    node.args = True, OTHER_BRANCH
                 continue
             child = self._next_child() if node.op == "call_module" else None
             if child is not None and self.replay.inside_replaced(child.path):  # its ops are not compared
