@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from maskprop.graph.graph import is_op
+from maskprop.graph.graph import is_op, shape_of
 from maskprop.infer.coupling import Coupling, Cut, Labels, moved
 from maskprop.infer.facts import lead
 from maskprop.infer.op import Op
@@ -56,7 +56,27 @@ def couple(
                 _keep(source, c, "is an output of the model")
         if inference.graph.may_be_read(node):
             _keep(node, c, "is read where no op shows it")
+    for node in inference.graph.fx.nodes:  # now that every reader has given its labels
+        if node.op == "get_attr" and node not in inference.left and _is_state_weight(node):
+            c.node = node.name
+            _tie_state(node, c)
     return c
+
+
+def _is_state_weight(node: fx.Node) -> bool:
+    recurrent = issubclass(node.meta.get("module", object), (nn.RNNBase, nn.RNNCellBase))
+    return recurrent and str(node.target).rpartition(".")[2].startswith("weight_hh")
+
+
+def _tie_state(node: fx.Node, c: Coupling) -> None:
+    """A recurrent kernel wants as many columns for its state as rows for each gate, also where the state is zero."""
+    rows, columns = c.labels_of(node)
+    count, size = shape_of(node)
+    gates, rest = divmod(count, size)
+    if columns is None or rest or gates not in (1, 3, 4):  # a projected state has a size of its own
+        return
+    for gate in (None,) * gates if rows is None else rows.reshape(gates, -1):
+        c.equal(gate, columns.reshape(-1))
 
 
 def _unlabelled(meta: Any) -> Any:

@@ -158,8 +158,8 @@ def _replaced(name: str, value: Any, old: float, new: float) -> Any:
     if (
         isinstance(value, (tuple, list))
         and type(value) in (tuple, list)
-        and old in value
         and all(isinstance(v, int) for v in value)
+        and old in value
     ):
         return type(value)(new if v == old else v for v in value)
     return None

@@ -315,3 +315,22 @@ class Mapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.vmap(lambda t: self.b(self.a(t).relu()))(x)
+
+
+@case(
+    vectors(12),
+    {"a.weight": ([0, 1, 4],), "a.bias": ([0, 1, 4],)},
+    {"a.weight": (5, 12), "a.bias": (5,), "b.weight": (4, 5)},
+)
+class HoldsTensors(nn.Module):
+    """an attribute to try is a list of tensors, which compare as no number does"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = [torch.ones(3), torch.ones(2)]
+        self.a = nn.Linear(12, 8)
+        self.b = nn.Linear(8, 4)
+        self.width = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)).view(-1, self.width)) * self.held[0].sum()

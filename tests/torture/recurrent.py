@@ -23,6 +23,26 @@ TWO_OF_SIX_GONE = {
     "o.weight": (3, 4),
 }
 
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@case(
+    vectors(1, 12),
+    {f"r.{kind}_l0": ([8 * gate + unit for gate in range(4) for unit in (0, 5)],) for kind in KINDS},
+    {"r.weight_ih_l0": (24, 12), "r.weight_hh_l0": (24, 6), "r.bias_ih_l0": (24,), "r.bias_hh_l0": (24,)}
+    | {"b.weight": (4, 6)},
+)
+class OneStep(nn.Module):
+    """the state that the weights of the state meet is zero at the first step, and there is no other"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r = nn.LSTM(12, 8, batch_first=True)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.r(x)[0])
+
 
 @case(
     lambda n, g: (torch.randn(n, 5, 12, generator=g), torch.randn(n, 7, 12, generator=g)),
