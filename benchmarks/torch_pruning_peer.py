@@ -107,11 +107,13 @@ def masks_of(original: nn.Module, dummy: Inputs, history: History) -> Masks:
 
 
 def _last(model: nn.Module, dummy: Inputs) -> list[nn.Module]:
-    """The last linear layer, where it makes the output."""
+    """The last linear or convolutional layer, where it makes the output."""
     with torch.no_grad():
-        width = tensors(call(model, dummy))[0].shape[-1]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    return [module for module in last if module.out_features == width]
+        shape = tensors(call(model, dummy))[0].shape
+    last = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)][-1:]
+    return [
+        m for m in last if (m.out_features == shape[-1] if isinstance(m, nn.Linear) else m.out_channels == shape[1])
+    ]
 
 
 def has_heads(model: nn.Module) -> bool:
