@@ -254,3 +254,66 @@ class BiasOfStrided(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.o(self.b(torch.sigmoid(self.a(x)).flatten(2).transpose(1, 2)))
+
+
+def other_sizes(n: int, g: torch.Generator) -> Tensor:
+    return torch.randn(n, 8, 4 + n, 5 + n, generator=g)
+
+
+class Pooled(nn.Module):
+    """A unit that is one number everywhere: what pooling makes of it may depend on how many places there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.o = nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.pool(self.c(x).flatten(2)))
+
+    def pool(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+ROWS = {"c.weight": ([0, 1],)}
+
+
+@case(other_sizes, ROWS, {"c.weight": (6, 8, 1, 1), "c.bias": (6,), "o.weight": (3, 6)})
+class PooledMean(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.mean(-1) + h.amax(-1) + h.std(-1)
+
+
+@case(other_sizes, {**ROWS, "c.bias": ([0, 1],)}, {"c.weight": (6, 8, 1, 1), "c.bias": (6,), "o.weight": (3, 6)})
+class PooledZeros(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.sum(-1) + h.norm(dim=-1) + h.cumsum(-1)[..., -1] + (h @ h.mT).sum(-1)
+
+
+@case(other_sizes, ROWS, {})
+class PooledSum(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.sum(-1)
+
+
+@case(other_sizes, ROWS, {})
+class PooledNorm(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.norm(dim=-1)
+
+
+@case(other_sizes, ROWS, {})
+class PooledScan(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.cumsum(-1)[..., -1]
+
+
+@case(other_sizes, ROWS, {})
+class PooledShares(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return h.softmax(-1).amax(-1)
+
+
+@case(other_sizes, ROWS, {})
+class PooledProduct(Pooled):
+    def pool(self, h: Tensor) -> Tensor:
+        return torch.einsum("bct,bct->bc", h, h)

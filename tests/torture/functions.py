@@ -178,9 +178,9 @@ def std_time(h: Tensor) -> Tensor:
     return (h - h.mean(1, keepdim=True)) / (h.std(1, keepdim=True) + 1e-05)
 
 
-@between(5, 5)
+@between(5, 8)  # of a constant it depends on how many there are, which another input changes
 def lse(h: Tensor) -> Tensor:
-    return h.relu() * torch.logsumexp(h, 1, keepdim=True)
+    return h.abs() * torch.logsumexp(h, 1, keepdim=True)
 
 
 @between(5, 5)
@@ -193,12 +193,12 @@ def median_time(h: Tensor) -> Tensor:
     return h.median(1, keepdim=True).values + h
 
 
-@between(5, 5)
+@between(5, 8)
 def softmax_time(h: Tensor) -> Tensor:
     return h * h.softmax(1)
 
 
-@between(5, 5)
+@between(8, 8)
 def softmax_time_const(h: Tensor) -> Tensor:
     return h.softmax(1)
 
@@ -213,7 +213,7 @@ def sigmoid(h: Tensor) -> Tensor:
     return h.sigmoid()
 
 
-@between(5, 5)
+@between(5, 8)
 def prod(h: Tensor) -> Tensor:
     return h.prod(1, keepdim=True) + h
 
@@ -379,7 +379,7 @@ def instance(h: Tensor) -> Tensor:
     return F.instance_norm(h.transpose(1, 2)).transpose(1, 2)
 
 
-@between(5, 5)
+@between(5, 8)
 def normalize_time(h: Tensor) -> Tensor:
     return F.normalize(h, dim=1)
 

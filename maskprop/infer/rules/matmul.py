@@ -195,6 +195,8 @@ def _product(a: Fact, b: Fact, length: int) -> Fact:
     right = torch.where(b.known, b.value(), 0.0)
     if left.shape[-1] == 1 and right.shape[-2] == 1:
         value = left * right * length
+        if length > 1:  # an axis along which nothing varies, as time: the sum depends on its length
+            known = known & (zero | average)
     else:
         value = left.expand(*left.shape[:-1], length) @ right.expand(*right.shape[:-2], length, right.shape[-1])
     value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))

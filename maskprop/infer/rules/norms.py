@@ -252,7 +252,7 @@ class Softmax(Rule):
     """Rows along one axis: each sums to one, so a row's axis cannot shrink."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if facts[0].total:
+        if facts[0].plain:
             found = evaluate(op, facts)
             assert isinstance(found, Fact)
             return found
@@ -260,7 +260,8 @@ class Softmax(Rule):
         safe = op.target is aten._safe_softmax.default
         sums = op.target is not aten._log_softmax.default and (not safe or _rows_are_open(op))
         known = all_over(facts[0].known, [axis])
-        if bool(known.any()):
+        uniform = facts[0].value().shape[axis] == 1 < op.shape[axis]  # each has a share that depends on the length
+        if bool(known.any()) and not uniform:
             value = op.run(spread(facts[0].value(), [axis], op.shape).contiguous())
             value = torch.where(known, as_double(value), 0.0)
             return Fact.of_value(value, known.expand(value.shape)).with_rows(axis if sums else None)

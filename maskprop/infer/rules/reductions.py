@@ -8,6 +8,7 @@ leave where the factor can be made up for (the mean of squares in an RMS norm).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,24 +58,40 @@ class Reduction(Rule):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact = facts[0]
-        if fact.total:
+        if fact.plain:
             return evaluate(op, facts)
         dims = self._dims(op)
         known = all_over(fact.known, dims)
         if fact.nothing or not bool(known.any()):
             return super().known(op, facts)
         results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())
+        others = self._longer(op, fact, dims, results)
         folded = known.reshape([n for d, n in enumerate(known.shape) if d not in dims])
         made = []
-        for i, (r, meta) in enumerate(zip(results if op.several else [results], op.results, strict=True)):
+        for i, (r, other, meta) in enumerate(zip(_several(results), others, op.results, strict=True)):
             assert meta is not None
             if _POSITIONS.get(op.target._schema.name) == i:  # which of several equal numbers is not defined
                 made.append(Fact.unknown(len(meta.shape)))
                 continue
-            k = known if self._keeps_axes(op, meta) else folded
+            k = (known if self._keeps_axes(op, meta) else folded) & _same(r, other)
             value = torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype))
             made.append(Fact.of_value(value, k.expand(value.shape)))
         return tuple(made) if op.several else made[0]
+
+    def _longer(self, op: Op, fact: Fact, dims: Sequence[int], results: Any) -> list[Tensor]:
+        """The results where the axes along which nothing varies, as along space and time, are longer by one.
+
+        What is not the same then is known for inputs of one size only, and that is not known.
+        """
+        value = fact.value()
+        longer = [n + (d in dims and value.shape[d] == 1 < n) for d, n in enumerate(op.shapes[0])]
+        if tuple(longer) == op.shapes[0]:
+            return _several(results)
+        made = _several(op.run(spread(value, dims, longer).contiguous()))
+        for i, r in enumerate(_several(results)):
+            for d, n in enumerate(r.shape):
+                made[i] = made[i].narrow(d, made[i].shape[d] - n, n)  # of a scan, the end
+        return made
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         dims, ndim = self._dims(op), len(op.shapes[0])
@@ -111,6 +128,14 @@ class Reduction(Rule):
         (fact,) = c.facts_of(op)
         live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
         c.end(labels, live, "is summed here")
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return torch.isclose(a, b, rtol=1e-12, atol=0.0, equal_nan=True) if a.is_floating_point() else a == b
+
+
+def _several(results: Any) -> list[Tensor]:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
 def _ignores_zeros(op: Op) -> bool:
