@@ -93,8 +93,11 @@ def _keep(node: fx.Node, c: Coupling, reason: str) -> None:
 
 
 def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> Labels:
-    """Labels of a shared operand as it enters an op: its own, or where it is cut there, those of what it meets."""
-    own = list(labels[position])
+    """Labels of a shared operand as it enters an op: its own, or where it is cut there, those of what it meets.
+
+    Cutting what can shrink and has no other reader gains nothing.
+    """
+    own, alone = list(labels[position]), len(op.inputs[position].users) == 1
     for axis, n in enumerate(op.shapes[position]):
         place = axis - len(own)
         if n == 1 or (op.target is torch.ops.aten.baddbmm.default and axis):
@@ -102,7 +105,7 @@ def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> L
         others = (a for i, a in enumerate(labels) if i != position and op.shapes[i][place:][:1] == (n,))
         met = next((a[place] for a in others if a[place] is not None), None)
         cut = op.node.name, position, place
-        if met is not None:
+        if met is not None and not (alone and own[axis] is not None):
             c.cuttable[cut] = own[axis], met
         if met is not None and cut in c.cuts:
             c.pin(own[axis], "is cut where it is read")

@@ -262,8 +262,11 @@ def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
 
 def places_of_setting(cls: type, name: str) -> list[Place]:
     """Where a forward, and the methods that it calls, read a setting, such as ``config.heads``, of ``self``."""
+    last = name.rpartition(".")[2]
     return [
-        p for p, node in _expressions(cls) if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{name}"
+        place
+        for place, node in _expressions(cls)
+        if isinstance(node, ast.Attribute) and node.attr == last and ast.unparse(node) == f"self.{name}"
     ]
 
 
@@ -293,7 +296,8 @@ def _may_be_size(node: ast.expr) -> bool:
     return isinstance(node, (ast.Name, ast.Attribute))
 
 
-def _expressions(cls: type) -> Iterator[tuple[Place, ast.expr]]:
+@functools.lru_cache(maxsize=256)  # every layer of a model asks
+def _expressions(cls: type) -> Sequence[tuple[Place, ast.expr]]:
     """The expressions of a forward, and of the methods that it calls, wherever they can be told apart."""
 
     def search(names: tuple[str, ...], sites: tuple[Span, ...]) -> Iterator[tuple[Place, ast.expr]]:
@@ -301,15 +305,16 @@ def _expressions(cls: type) -> Iterator[tuple[Place, ast.expr]]:
             definition = definition_of(resolve(cls, names))
         except NoSource:
             return  # what is called is no method
+        digest = digest_of(cls, names)
         for node in ast.walk(definition):
             if isinstance(node, (ast.Attribute, ast.Call, ast.BinOp)):
                 line = definition.lineno
                 span = node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
-                yield Place(names, sites, span, digest_of(cls, names)), node
+                yield Place(names, sites, span, digest), node
                 if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.") and len(names) < 4:
                     yield from search((*names, ast.unparse(node.func)), (*sites, span))
 
-    yield from search(("forward",), ())
+    return list(search(("forward",), ()))
 
 
 def find(definition: ast.FunctionDef, span: Span) -> ast.expr | ast.stmt:
