@@ -97,7 +97,7 @@ def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> L
 
     Cutting what can shrink and has no other reader gains nothing.
     """
-    own, alone = list(labels[position]), len(op.inputs[position].users) == 1
+    own, alone = list(labels[position]), _read_once(op.inputs[position], c)
     for axis, n in enumerate(op.shapes[position]):
         place = axis - len(own)
         if n == 1 or (op.target is torch.ops.aten.baddbmm.default and axis):
@@ -113,6 +113,15 @@ def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> L
             own[axis] = moved(same, lambda a: a.reshape(a.shape[max(0, a.ndim - len(own)) :]))
             own[axis] = moved(own[axis], lambda a: lead(a, len(own)))
     return own
+
+
+def _read_once(node: fx.Node, c: Coupling) -> bool:
+    """Whether nothing else reads a value, or the numbers that it was made of."""
+    if len(node.users) != 1:
+        return False
+    metas = ((n, n.meta["tensor"]) for n in node.all_input_nodes)
+    made_of = [n for n, meta in metas if isinstance(meta, tuple) or meta.dtype.is_floating_point]
+    return all(_read_once(n, c) for n in made_of if any(a is not None for a in c.labels_of(n)))
 
 
 def _shared_tables(inference: Inference) -> set[fx.Node]:
