@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -94,6 +95,8 @@ def compact(dense: Path, masks: Path, out: Path, cap: float) -> dict[str, float]
     process = subprocess.Popen(
         [*command, "--no-progress"],
         stdout=subprocess.DEVNULL,
+        # every thread reserves address space of its own, which is no memory and counts all the same
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (int(cap), int(cap))),
     )
     peak = {"VmHWM": 0.0, "RssAnon": 0.0, "VmPeak": 0.0}
