@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.graph.graph import shape_of
-from maskprop.infer.facts import Fact, broadcast_shape
+from maskprop.infer.facts import Fact, broadcast_shape, everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace, calls_alike
 
@@ -159,7 +159,7 @@ class Coupling:
         """Which elements of the op's (first) result some output depends on."""
         found = self.needed.get(op.node)
         if found is None:
-            return torch.zeros((1,) * len(op.results[0].shape), dtype=torch.bool)  # type: ignore[union-attr]
+            return everywhere(False, len(op.results[0].shape))  # type: ignore[union-attr]
         first: Tensor = found[0] if op.several else found
         return first
 

@@ -107,7 +107,7 @@ def _frame(node: fx.Node) -> tuple[Any, ...]:
 
 def is_weight(node: fx.Node) -> bool:
     """Whether a value is one of the model's own tensors, at most transposed or cast."""
-    while node.op == "call_function" and node.target in (aten.t.default, aten.transpose.int, *_CASTS):
+    while node.op == "call_function" and node.target in _TURNS:
         (node,) = node.all_input_nodes
     return node.op == "get_attr"
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
@@ -21,6 +20,7 @@ from maskprop.align.solve import Bools, Ints, Solution, multiples, never_empty, 
 from maskprop.graph.graph import Graph, TensorMeta, is_op, shape_of
 from maskprop.graph.trace import Inputs, Tracer, trace
 from maskprop.infer.coupling import Coupling
+from maskprop.infer.facts import everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.sweep import Inference
 
@@ -134,11 +134,9 @@ class Structure:
         for node in self.graph.fx.nodes:  # whatever is read counts, even by what is masked too
             meta = node.meta.get("tensor")
             if isinstance(meta, TensorMeta):
-                inference.facts.needed[node] = torch.ones((1,) * len(meta.shape), dtype=torch.bool)
+                inference.facts.needed[node] = everywhere(True, len(meta.shape))
             elif meta is not None:
-                inference.facts.needed[node] = [
-                    torch.ones((1,) * (0 if m is None else len(m.shape)), dtype=torch.bool) for m in meta
-                ]
+                inference.facts.needed[node] = [everywhere(True, 0 if m is None else len(m.shape)) for m in meta]
         c = couple(inference, "exact")
         found = np.zeros(len(self.base.may), dtype=bool)
         for pin in c.pins:

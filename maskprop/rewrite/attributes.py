@@ -17,7 +17,7 @@ from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
 from maskprop.rewrite.apply import CONFIGS
-from maskprop.rewrite.patched import settings_of
+from maskprop.rewrite.patched import patched_settings
 from maskprop.rewrite.replay import Mismatch, Replay
 
 
@@ -167,7 +167,7 @@ def _replaced(name: str, value: Any, old: float, new: float) -> Any:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """A module's own attributes, and those of a config object that it holds, as ``config.name``."""
-    settings = settings_of(type(module))
+    settings = patched_settings(type(module))
     for name, value in list(vars(module).items()):
         yield name, value
         if name in CONFIGS and not isinstance(value, (nn.Module, dict, type)) and hasattr(value, "__dict__"):

@@ -12,6 +12,7 @@ from maskprop.align.align import Alignment
 from maskprop.align.plan import Plan
 from maskprop.errors import ReplaceError
 from maskprop.graph.graph import Graph, shape_of
+from maskprop.infer.facts import everywhere
 from maskprop.rewrite.edits import Edits
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def leaf_masks(graph: Graph, alignment: Alignment, path: str) -> LeafMasks:
 
 def kept_mask(alignment: Alignment, node: fx.Node) -> Tensor:
     """1.0 where an element of a recorded value stays."""
-    mask = torch.ones((1,) * len(shape_of(node)), dtype=torch.bool)
+    mask = everywhere(True, len(shape_of(node)))
     for labels in alignment.coupling.labels_of(node):
         if labels is not None:
             mask = mask & ~torch.from_numpy(alignment.solution.leaves(labels))

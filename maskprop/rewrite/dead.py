@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.graph.trace import Inputs, trace_partial
-from maskprop.infer.facts import Fact, any_over
+from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.edits import Edits
@@ -175,7 +175,7 @@ class DeadLayer:
             if not isinstance(fact, Fact) or fact.plain or node not in used:
                 return False
             ndim = len(shape_of(node))
-            needed = inference.facts.needed.get(node, torch.zeros((1,) * ndim, dtype=torch.bool))
+            needed = inference.facts.needed.get(node, everywhere(False, ndim))
             others = [d for d in range(ndim) if d != ndim + self.axis]
             units = any_over(needed, others)
             if not bool((fact.known | ~units).all()):

@@ -98,7 +98,7 @@ def patched_class(base: type, patches: tuple[Patch, ...]) -> type:
     return _build(getattr(base, "generated_from", base), (*before, *patches))
 
 
-def settings_of(cls: type) -> dict[str, Any]:
+def patched_settings(cls: type) -> dict[str, Any]:
     """The settings that a patched class reads otherwise than its config says."""
     return {str(p.at): p.value for p in getattr(cls, "generated_patches", ()) if p.kind == "setting"}
 

@@ -30,7 +30,7 @@ from maskprop.rewrite.dead import DeadLayer, forget_dead, remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.patch import patch_forwards
-from maskprop.rewrite.patched import settings_of
+from maskprop.rewrite.patched import patched_settings
 from maskprop.rewrite.replay import Mismatch, Replay
 from maskprop.rewrite.roots import apply_roots, root_patches
 from maskprop.rewrite.unread import unread_attributes
@@ -244,7 +244,9 @@ class Repair:
             if after is None or after.index > mismatch.index:
                 alignment.plan.attributes += changes
                 self.generated.update(
-                    (c.module, str(mismatch)) for c in changes if c.attribute in settings_of(self._class_of(c.module))
+                    (c.module, str(mismatch))
+                    for c in changes
+                    if c.attribute in patched_settings(self._class_of(c.module))
                 )
                 return after
             self.edits.rollback(mark)

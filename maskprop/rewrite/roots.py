@@ -35,7 +35,8 @@ def root_patches(model: nn.Module, replay: Replay) -> list[tuple[str, Patch]]:
             done = [patch.place for patch in getattr(cls, "generated_patches", ())]
             places = [place for place in roots_in(cls) if not any(_inside(place, other) for other in done)]
             patches = tuple(Patch(place, "root", 0, sizes) for place in places)
-            patched_class(cls, patches)
+            if patches:
+                patched_class(cls, patches)
         except NoSource:
             continue
         found += [(path, patch) for patch in patches]

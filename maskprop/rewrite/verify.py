@@ -15,6 +15,7 @@ from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, not_compiled, trace
+from maskprop.infer.facts import everywhere
 from maskprop.rewrite.reference import Values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
@@ -174,7 +175,7 @@ def first_difference(graph: Graph, values: Values, alignment: Alignment, compact
             expected, got, labels = expected[0], got[0], labels[0]
         if not isinstance(expected, Tensor) or not isinstance(got, Tensor) or node.target is not other.target:
             continue
-        kept = torch.ones((1,) * expected.ndim, dtype=torch.bool)
+        kept = everywhere(True, expected.ndim)
         for array in labels or ():
             if array is not None:
                 kept = kept & ~torch.from_numpy(alignment.solution.leaves(array))

@@ -46,6 +46,17 @@ class Case:
     tracer: str = "auto"
 
 
+class Projections(nn.Module):
+    """What attention over a width of 12 is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(12, 12)
+        self.k = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 12)
+        self.o = nn.Linear(12, 12)
+
+
 CASES: dict[str, Case] = {}
 
 

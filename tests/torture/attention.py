@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torture import ALL, case, vectors
+from torture import ALL, Projections, case, vectors
 
 # The first of three heads of four dims, in the rows of q, k and v, and what then is left.
 HEAD = {
@@ -129,14 +129,7 @@ HEADS = 3
     HEAD,
     HEAD_GONE,
 )
-class GlobalConst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
-
+class GlobalConst(Projections):
     def split(self, x):
         return x.view(*x.shape[:2], HEADS, x.shape[-1] // HEADS).transpose(1, 2)
 
@@ -272,15 +265,8 @@ class MultiQuery(nn.Module):
     {f"{name}.{part}": ([0, 2, 4, 6, 8, 10],) for name in "qkv" for part in ("weight", "bias")},
     {f"{name}.weight": (6, 12) for name in "qkv"} | {f"{name}.bias": (6,) for name in "qkv"} | {"o.weight": (12, 6)},
 )
-class SizeInTensor(nn.Module):
+class SizeInTensor(Projections):
     """The scale is the root of a tensor that is made from a size"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _c = x.shape
@@ -346,7 +332,8 @@ def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-@case(
+# each of two layers loses another of three heads
+other_heads = case(
     vectors(5, 12),
     {"a.o.weight": (ALL, [0, 1, 2, 3]), "b.o.weight": (ALL, [4, 5, 6, 7])},
     {
@@ -355,6 +342,9 @@ def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         for key, shape in (("qkv.weight", (24, 12)), ("qkv.bias", (24,)), ("o.weight", (12, 8)))
     },
 )
+
+
+@other_heads
 class SharedTable(nn.Module):
     """Two layers share the position bias of one, and lose different heads"""
 
@@ -386,15 +376,7 @@ class Sloped(nn.Module):
         return self.o((weights @ v).view(n, self.heads, t, -1).transpose(1, 2).reshape(n, t, -1))
 
 
-@case(
-    vectors(5, 12),
-    {"a.o.weight": (ALL, [0, 1, 2, 3]), "b.o.weight": (ALL, [4, 5, 6, 7])},
-    {
-        f"{name}.{key}": shape
-        for name in "ab"
-        for key, shape in (("qkv.weight", (24, 12)), ("qkv.bias", (24,)), ("o.weight", (12, 8)))
-    },
-)
+@other_heads
 class SharedSlopes(nn.Module):
     """Slopes that no parameter holds: each layer takes those of its heads"""
 

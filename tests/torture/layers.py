@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torture import ALL, case, images, vectors
+from torture import ALL, Projections, case, images, vectors
 
 
 @case(
@@ -199,14 +199,7 @@ class MulTwo(nn.Module):
         "o.weight": (12, 9),
     },
 )
-class ZeroV(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
-
+class ZeroV(Projections):
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
         q, k, v = (p(x).view(n, t, 4, 3).transpose(1, 2) for p in (self.q, self.k, self.v))

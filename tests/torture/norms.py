@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torture import case, images, vectors
+from torture import Projections, case, images, vectors
 
 
 @case(
@@ -25,11 +25,15 @@ class InPlain(nn.Module):
         return self.b(F.relu(self.n(self.a(x))))
 
 
-@case(
+# two of four groups leave, and of a third only one channel of two could
+two_groups = case(
     images(3, 6),
     {"a.weight": ([0, 1, 4, 5, 6],), "a.bias": ([0, 1, 4, 5, 6],)},
     {"a.weight": (4, 3, 1, 1), "a.bias": (4,), "b.weight": (4, 4, 1, 1)},
 )
+
+
+@two_groups
 class GroupsPlain(nn.Module):
     """two of four groups leave, and no tensor of the norm shows how many there are"""
 
@@ -43,11 +47,7 @@ class GroupsPlain(nn.Module):
         return self.b(F.relu(self.n(self.a(x))))
 
 
-@case(
-    images(3, 6),
-    {"a.weight": ([0, 1, 4, 5, 6],), "a.bias": ([0, 1, 4, 5, 6],)},
-    {"a.weight": (4, 3, 1, 1), "a.bias": (4,), "b.weight": (4, 4, 1, 1)},
-)
+@two_groups
 class GroupsCalled(nn.Module):
     """the number of groups stands in the code"""
 
@@ -261,15 +261,8 @@ class BatchSqueeze(nn.Module):
         "o.weight": (12, 9),
     },
 )
-class BatchTimesHeads(nn.Module):
+class BatchTimesHeads(Projections):
     """b * 4 in forward"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, broadcast_shape, lead, reduce_to, spread
+from maskprop.infer.facts import Fact, broadcast_shape, everywhere, lead, reduce_to, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, evaluate, register
 from maskprop.infer.rules.steps import Slice
@@ -54,7 +54,7 @@ class Cat(Rule):
             part = n if n.shape[dim] == 1 else n.narrow(dim, start, size)
             start += size
             if size == 0:
-                part = torch.zeros((1,) * len(shape), dtype=torch.bool)
+                part = everywhere(False, len(shape))
             found.append(part.squeeze(dim) if op.target is aten.stack.default else part)
         return found
 

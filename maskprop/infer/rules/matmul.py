@@ -175,7 +175,7 @@ class MatMul(Rule):
 
     def _seen(self, op: Op, c: Coupling) -> tuple[Tensor, Tensor, Tensor]:
         """Which units a call reads, their constants, and where they are known."""
-        read = self._live(op, c, torch.ones((1, 1), dtype=torch.bool)).reshape(-1)
+        read = self._live(op, c, everywhere(True, 2)).reshape(-1)
         return read, *self._constants(op, c, read)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.infer.coupling import Coupling, Labels
-from maskprop.infer.facts import Fact
+from maskprop.infer.facts import Fact, everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, register_rule
 from maskprop.infer.rules.steps import (
@@ -61,7 +61,7 @@ class Parts(Rule):
         return tuple(move_fact(facts[0], steps) for steps in self.steps(op))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        total = torch.zeros((1,) * len(op.shapes[0]), dtype=torch.bool)
+        total = everywhere(False, len(op.shapes[0]))
         for part, steps in zip(needed, self.steps(op), strict=True):
             if bool(part.any()):
                 total = total | move_back(part, steps)

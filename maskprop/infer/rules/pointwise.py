@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, broadcast_shape, lead, reduce_to
+from maskprop.infer.facts import Fact, broadcast_shape, everywhere, lead, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, register, register_rule
 
@@ -228,7 +228,7 @@ class Uniform(Rule):
         return Fact.of_value(torch.full((1,) * len(op.shape), number, dtype=dtype))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.zeros((1,) * len(shape), dtype=torch.bool) for shape in op.shapes]
+        return [everywhere(False, len(shape)) for shape in op.shapes]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         if labels and op.arg("size") is None:

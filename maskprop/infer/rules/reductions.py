@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskprop.graph.graph import TensorMeta
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, everywhere, spread
 from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
 from maskprop.infer.rules.registry import Rule, evaluate, register
@@ -95,7 +95,7 @@ class Reduction(Rule):
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         dims, ndim = self._dims(op), len(op.shapes[0])
-        total = torch.zeros((1,) * ndim, dtype=torch.bool)
+        total = everywhere(False, ndim)
         for n in needed:
             if n.ndim != ndim:
                 for d in sorted(dims):
