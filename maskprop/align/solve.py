@@ -245,12 +245,11 @@ def _components(count: int, pairs: Ints) -> Ints:
 def _congruence(group: Ints, triples: Ints) -> tuple[Ints, Ints]:
     """Merge groups until same row means same outer and inner, and the reverse."""
     while True:
-        t = np.unique(group[triples], axis=0) if len(triples) else triples
+        t = _distinct(group[triples])
         if not len(t):
             return group, t
-        by_row = t[np.argsort(t[:, 0], kind="stable")]
-        same = by_row[1:, 0] == by_row[:-1, 0]
-        pairs = [np.stack([by_row[1:, k][same], by_row[:-1, k][same]], 1) for k in (1, 2)]
+        same = t[1:, 0] == t[:-1, 0]
+        pairs = [np.stack([t[1:, k][same], t[:-1, k][same]], 1) for k in (1, 2)]
         by_units = t[np.lexsort((t[:, 2], t[:, 1]))]
         same = (by_units[1:, 1:] == by_units[:-1, 1:]).all(1)
         pairs.append(np.stack([by_units[1:, 0][same], by_units[:-1, 0][same]], 1))
@@ -259,3 +258,9 @@ def _congruence(group: Ints, triples: Ints) -> tuple[Ints, Ints]:
         if not len(joined):
             return group, t
         group = _components(int(group.max()) + 1, joined)[group]
+
+
+def _distinct(rows: Ints) -> Ints:
+    """The distinct rows in order: what ``np.unique(rows, axis=0)`` gives, several times as fast."""
+    rows = rows[np.lexsort(rows.T[::-1])]
+    return rows[np.append(True, (rows[1:] != rows[:-1]).any(1))] if len(rows) else rows

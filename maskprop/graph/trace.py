@@ -207,10 +207,16 @@ def _no_mkldnn() -> Iterator[None]:
 def frozen_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
     before: list[tuple[Any, Any]] = []
+    empty: list[Any] = []  # most of a module's tables are
     for module in model.modules():
         attributes = module.__dict__
         before.append((attributes, attributes.copy()))
-        before += [(table, table.copy()) for table in attributes.values() if type(table) in (dict, set)]
+        for table in attributes.values():
+            if type(table) in (dict, set):
+                if table:
+                    before.append((table, table.copy()))
+                else:
+                    empty.append(table)
         if module.training:
             module.__dict__["training"] = False
     written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
@@ -221,6 +227,8 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
             for buffer, version, content in written:
                 if buffer._version != version:
                     buffer.copy_(content)
+        for table in empty:
+            table.clear()
         for table, old in before:
             if table != old if isinstance(table, set) else not _same(table, old):
                 table.clear()

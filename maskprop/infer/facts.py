@@ -66,9 +66,16 @@ class Fact:
 
     @staticmethod
     def of_value(value: Tensor, known: Tensor | None = None) -> Fact:
-        """Known where ``known`` says (everywhere by default), with the zeros read from the value."""
+        """Known where ``known`` says (everywhere by default), with the zeros read from the value.
+
+        What the value holds elsewhere is cleared, but is not spread for it: where heads are known that share one
+        value, as under a causal mask, that value is held once.
+        """
         if known is None:
             known = everywhere(True, value.ndim)
+        else:
+            somewhere = any_over(known, [d for d in range(known.ndim) if value.shape[d] == 1])
+            value = torch.where(somewhere, value, torch.zeros((), dtype=value.dtype))
         return Fact(known, known & (value == 0), value)
 
     def value(self) -> Tensor:
@@ -161,7 +168,7 @@ def bool_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[-1] == 1 and b.shape[-2] == 1:
         return a & b
     if a.shape[-1] == 1:
-        return a & b.any(-2, keepdim=True)
+        return squash(a & b.any(-2, keepdim=True))
     if b.shape[-2] == 1:
-        return a.any(-1, keepdim=True) & b
-    return torch.matmul(a.float(), b.float()) > 0
+        return squash(a.any(-1, keepdim=True) & b)
+    return squash(torch.matmul(a.float(), b.float()) > 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import PlanError
 from maskprop.rewrite.authored import Patch, places_of_setting
-from maskprop.rewrite.edits import Edits, owner_of, tensor_of
+from maskprop.rewrite.edits import Edits, owner_of
 from maskprop.rewrite.leaves import update_leaves
 from maskprop.rewrite.patched import patched_class
 
@@ -59,18 +59,19 @@ def change_attribute(edits: Edits, change: AttributeChange) -> None:
 
 def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     """Slice, mask and add; see :func:`apply_plan`."""
-    model = edits.model
+    modules = dict(edits.model.named_modules(remove_duplicate=False))
     for name in dict.fromkeys([*plan.keep, *masks, *(a.name for a in plan.add)]):
+        path, _, key = name.rpartition(".")
         try:
-            tensor = tensor_of(model, name)
-        except AttributeError as error:
+            tensor = getattr(modules[path], key)
+        except (KeyError, AttributeError) as error:
             raise PlanError(
                 f"the plan changes '{name}', which the model does not have. Build the architecture that the "
                 "plan was made from."
             ) from error
         edits.set_data(tensor, compact_tensor(plan, name, tensor, masks))
     for name, value in plan.new_bias.items():
-        module, key = owner_of(model, name)
+        module, key = owner_of(edits.model, name)
         weight = module.weight
         assert isinstance(weight, Tensor)
         bias = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)

@@ -47,7 +47,7 @@ class Snapshot:
         self.modules = dict(model.named_modules())
         self.classes = {path: type(m) for path, m in self.modules.items()}
         self.attributes = {path: _attributes(m) for path, m in self.modules.items()}
-        self.shapes = dict(_own_shapes(model))
+        self.shapes = {name: tuple(shape) for name, shape in self.architecture["tensors"].items()}
         self.tensors = {path: _tensors(m) for path, m in self.modules.items()}
         self.parameters = sum(p.numel() for p in model.parameters())
         self.bytes = count_bytes(model)
@@ -329,11 +329,6 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _tensors(module: nn.Module) -> set[str]:
     return {n for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
-
-
-def _own_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        yield name, tuple(t.shape)
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from maskprop.align.plan import AttributeChange
 from maskprop.rewrite.replay import Replay
@@ -32,7 +32,7 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
         # what torch's own modules hold follows their tensors; a norm without any still says how wide it is
         attributes = vars(module)
         if type(module).__module__.startswith("torch.nn."):
-            attributes = {} if _has_tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
+            attributes = {} if _tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
             if not attributes:
                 continue
         sizes: dict[int, set[int]] = {}
@@ -52,10 +52,11 @@ def _sizes(module: nn.Module, path: str, replay: Replay) -> Iterator[tuple[int, 
             yield from zip(dense or (), compact or (), strict=False)
     for key, owner in [("", module), *module.named_children()]:
         prefix = ".".join(part for part in (path, key) if part)
-        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+        for name, tensor in _tensors(owner):
             dense = replay.alignment.plan.shapes.get(f"{prefix}.{name}".lstrip("."), tuple(tensor.shape))
             yield from zip(dense, tensor.shape, strict=False)
 
 
-def _has_tensors(module: nn.Module) -> bool:
-    return any(t is not None for table in (module._parameters, module._buffers) for t in table.values())
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own parameters and buffers."""
+    return [(k, t) for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None]

@@ -85,7 +85,6 @@ class Convolution(Rule):
         if len(facts) > 2:
             known = known & facts[2].known.expand(outputs)
             value = value + facts[2].value().expand(outputs)
-        value = torch.where(known, value, 0.0)
         shape = (-1, outputs) + (1,) * len(space)
         return Fact.of_value(value.reshape(shape), known.reshape(shape))
 

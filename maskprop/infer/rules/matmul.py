@@ -100,7 +100,7 @@ class MatMul(Rule):
         if bool((~known | (product.zero & bias.zero)).all()):
             return Fact.zeros(known)
         value = op.arg("alpha", 1) * product.value() + op.arg("beta", 1) * bias.value()
-        return Fact.of_value(torch.where(known, value, 0.0), known)
+        return Fact.of_value(value, known)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         o, a, b = self._factors(op, facts)
@@ -109,8 +109,9 @@ class MatMul(Rule):
         read = y & ~average
         zero_b, nz_a = b.zero.transpose(-1, -2), (~a.zero).transpose(-1, -2)
         found = [needed[0]] * len(facts)
-        # where both factors are zero, one of them has to stay so: the first
-        into_a = bool_matmul(read, ~zero_b) | (bool_matmul(read, zero_b) & a.zero)
+        into_a = bool_matmul(read, ~zero_b)
+        if bool(a.zero.any()):  # where both factors are zero, one of them has to stay so: the first
+            into_a = into_a | (bool_matmul(read, zero_b) & a.zero)
         if is_weight(op.inputs[o.b]):  # large, and nothing asks which of its elements are needed
             into_b = everywhere(True, y.ndim)
         else:
@@ -200,7 +201,7 @@ def _product(a: Fact, b: Fact, length: int) -> Fact:
     else:
         value = left.expand(*left.shape[:-1], length) @ right.expand(*right.shape[:-2], length, right.shape[-1])
     value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))
-    return Fact.of_value(torch.where(known, value, 0.0), known)
+    return Fact.of_value(value, known)
 
 
 def _average(a: Fact, b: Fact) -> Tensor:

@@ -64,7 +64,7 @@ class BatchNorm(Rule):
             value = torch.where(seen, value if weight is None else value * weight.value(), 0.0)
         if bias is not None:
             value = value + bias.value()
-        first = Fact.of_value(torch.where(known, value, 0.0), known.expand(broadcast_shape(known.shape, value.shape)))
+        first = Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
         return first.map(lambda t: _on_channels(t, ndim)), *_statistics(op)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -143,7 +143,7 @@ def _affine_only(op: Op, facts: Sequence[Fact], ndim: int) -> Fact:
         return Fact.unknown(ndim)
     if bias is None:
         return Fact.zeros(weight.zero)
-    return Fact.of_value(torch.where(weight.zero, bias.value(), 0.0), weight.zero)
+    return Fact.of_value(bias.value(), weight.zero)
 
 
 def _normalised(op: Op, facts: Sequence[Fact], known: Tensor, axes: Sequence[int], affine: Fact) -> Fact:
@@ -259,16 +259,15 @@ class Softmax(Rule):
         axis = op.arg("dim") % len(op.shape)
         safe = op.target is aten._safe_softmax.default
         sums = op.target is not aten._log_softmax.default and (not safe or _rows_are_open(op))
-        known = all_over(facts[0].known, [axis])
+        known = squash(all_over(facts[0].known, [axis]))
         uniform = facts[0].value().shape[axis] == 1 < op.shape[axis]  # each has a share that depends on the length
         if bool(known.any()) and not uniform:
             value = op.run(spread(facts[0].value(), [axis], op.shape).contiguous())
-            value = torch.where(known, as_double(value), 0.0)
-            return Fact.of_value(value, known.expand(value.shape)).with_rows(axis if sums else None)
+            return Fact.of_value(as_double(value), known).with_rows(axis if sums else None)
         return Fact.unknown(len(op.shape), axis if sums else None)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        return [any_over(needed[0], [op.arg("dim") % len(op.shape)])]
+        return [squash(any_over(needed[0], [op.arg("dim") % len(op.shape)]))]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         axis = op.arg("dim") % len(op.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, broadcast_shape, everywhere, lead, reduce_to
+from maskprop.infer.facts import Fact, as_double, broadcast_shape, everywhere, lead, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, register, register_rule
 
@@ -47,10 +47,8 @@ class Pointwise(Rule):
         size = broadcast_shape(*(f.known.shape for f in facts))
         if all(f.total for f in facts) and math.prod(size) > EAGER_LIMIT:
             return Fact(known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts)))
-        value = op.run(*(f.value() for f in facts))
-        value = value.double() if value.is_floating_point() else value
-        value = torch.where(known, value, torch.zeros((), dtype=value.dtype))
-        if zero is not None:
+        value = as_double(op.run(*(f.value() for f in facts)))
+        if zero is not None and bool(zero.any()):
             value = torch.where(zero, torch.zeros((), dtype=value.dtype), value)
         return Fact.of_value(value, known)
 
@@ -154,8 +152,7 @@ class Select(Pointwise):
             known = known & yes.known
         if not bool(known.any()):
             return super().known(op, facts)
-        value = torch.where(known, no.value(), torch.zeros((), dtype=no.value().dtype))
-        return Fact.of_value(*(lead(t, len(op.shape)) for t in (value, known)))
+        return Fact.of_value(*(lead(t, len(op.shape)) for t in (no.value(), known)))
 
     def _sides(self, op: Op, facts: Sequence[Fact]) -> tuple[Fact, Fact | None, Fact]:
         if op.target is aten.where.self:

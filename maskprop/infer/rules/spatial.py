@@ -71,10 +71,7 @@ class PerChannel(Rule):
         value = fact.value()
         uniform = all(value.shape[d] == 1 for d in space)
         if uniform and self._keeps(op, value, known):
-            return Fact.of_value(
-                torch.where(known, value, torch.zeros((), dtype=value.dtype)),
-                known.expand(broadcast_shape(known.shape, value.shape)),
-            )
+            return Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
         meta = op.results[0]
         assert meta is not None
         if torch.Size(meta.shape).numel() // meta.shape[0] > EAGER_LIMIT:
@@ -84,7 +81,7 @@ class PerChannel(Rule):
             # on a small dummy input a map may happen to be uniform, which says nothing of larger ones
             larger = self._run(op, value, space, [n + 8 if d in space else n for d, n in enumerate(op.shapes[0])])
             known = known & (_varies(result, space) | ~_varies(larger, space))
-        return Fact.of_value(torch.where(known, result, torch.zeros((), dtype=result.dtype)), known)
+        return Fact.of_value(result, known)
 
     @staticmethod
     def _run(op: Op, value: Tensor, space: list[int], shape: Sequence[int]) -> Tensor:
