@@ -128,6 +128,26 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(other.eval()(X), model(X))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_copies_are_independent(first: int) -> None:
+    """A moving average is a deep copy: each keeps its masks when they are taken off the other."""
+    model = network()
+    _, masks = L1NormPruner(model, 0.5, dummy_input=X).compress()
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.9))
+    train(model)
+    average.update_parameters(model)
+    twins = [model, average.module]
+    remove_masks(twins[first])
+    other = twins[1 - first]
+    assert bool((other[0].weight[~masks["0"]["weight"].flatten()] == 0).all())
+    other(X).sum().backward()
+    assert applied_masks(copy.deepcopy(other)).keys() == {f"{p}.{k}" for p, own in masks.items() for k in own}
+    remove_masks(other)
+    for twin in twins:
+        assert type(twin[0]) is nn.Conv2d
+        copy.deepcopy(twin)(X)
+
+
 # What changes masks while a model trains: made on the plain model, and driven by one call a step.
 DRIVERS: dict[str, Callable[[nn.Module], Schedule | Pruner]] = {
     "linear": lambda m: LinearPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),

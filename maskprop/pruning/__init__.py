@@ -19,7 +19,12 @@ from maskprop.pruning.masking import (
     remove_masks,
 )
 from maskprop.pruning.movement import MovementPruner
-from maskprop.pruning.nni import TorchEvaluator, trace
+from maskprop.pruning.nni import (
+    TorchEvaluator,
+    auto_set_denpendency_group_ids,
+    auto_set_dependency_group_ids,
+    trace,
+)
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.pruners import (
     ActivationAPoZRankPruner,
@@ -75,6 +80,8 @@ __all__ = [
     "WandaPruner",
     "applied_masks",
     "apply_masks",
+    "auto_set_denpendency_group_ids",
+    "auto_set_dependency_group_ids",
     "from_torch_prune",
     "masked_state_dict",
     "measure",

@@ -111,7 +111,7 @@ def remove_masks(model: nn.Module, *, bake: bool = True) -> dict[str, dict[str, 
         if bake:
             with torch.no_grad():
                 original.mul_(mask.to(original.dtype))
-        parametrize.remove_parametrizations(module, key, leave_parametrized=False)
+        make_plain(module, key)
         found.setdefault(path, {})[key] = mask
     return found
 
@@ -151,6 +151,18 @@ def masked_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[str
         prefix = f"{path}.parametrizations.{key}.".lstrip(".")
         found |= {f"{prefix}original": value, f"{prefix}0.mask": masks[name]}
     return found
+
+
+def make_plain(module: nn.Module, key: str) -> None:
+    """Take a parametrisation off; what is stored stays.
+
+    ``parametrize`` deletes the property from the module's class, which ``deepcopy`` shares with copies (of a moving
+    average, say): they would lose it, too. So the class is made the module's own first.
+    """
+    shared = type(module)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(module, key, leave_parametrized=False)
 
 
 def _load(model: nn.Module, masks: MasksLike) -> dict[str, Tensor]:

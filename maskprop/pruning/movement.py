@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from maskprop.errors import OptionError, ScoreError
 from maskprop.pruning.config import Config
 from maskprop.pruning.groups import Group, Member
-from maskprop.pruning.masking import Mask, refuse_wrappers
+from maskprop.pruning.masking import Mask, make_plain, refuse_wrappers
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import hidden_elements
 from maskprop.pruning.statistics import named_weights
@@ -141,7 +141,7 @@ class MovementPruner(Pruner):
 
     def _take_gates(self) -> None:
         for name in self._gates:
-            parametrize.remove_parametrizations(*owner_of(self.model, name), leave_parametrized=False)
+            make_plain(*owner_of(self.model, name))
         self._gates.clear()
 
     def _hide(self) -> None:

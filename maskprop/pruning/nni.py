@@ -1,19 +1,22 @@
-"""What NNI's scripts import beside the pruners: ``TorchEvaluator`` and ``trace``.
+"""What NNI's scripts import beside the pruners: ``TorchEvaluator``, ``trace``, the dependency groups.
 
-It calls the user's own training function; there is no trainer here.
+The evaluator calls the user's own training function; there is no trainer here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from maskprop.errors import OptionError, ScoreError
-from maskprop.pruning.groups import Group
-from maskprop.pruning.statistics import Statistics, collect
+from maskprop.pruning.discover import prunable_groups
+from maskprop.pruning.groups import Group, Groups
+from maskprop.pruning.statistics import Statistics, collecting
 
 _T = TypeVar("_T")
 
@@ -21,6 +24,40 @@ _T = TypeVar("_T")
 def trace(thing: _T) -> _T:
     """NNI's recorder of constructor arguments; nothing needs recording here."""
     return thing
+
+
+class ConfigList(list[dict[str, Any]]):
+    """A ``config_list`` that comes with the coupled groups of its model.
+
+    Attributes:
+        groups: a pruner that is given nothing better takes them.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]], groups: Groups) -> None:
+        super().__init__(entries)
+        self.groups = groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConfigList:
+        return ConfigList(copy.deepcopy(list(self), memo), self.groups)
+
+
+def auto_set_dependency_group_ids(
+    model: nn.Module, config_list: Sequence[dict[str, Any]], dummy_input: Any
+) -> ConfigList:
+    """NNI's helper, which it spells ``auto_set_denpendency_group_ids``: what is coupled loses the same units.
+
+    Args:
+        model: left as it is.
+        config_list: left as it is.
+        dummy_input: see :func:`maskprop.pruning.prunable_groups`.
+
+    Returns:
+        The same entries, with the coupled groups, for a pruner that is given no ``dummy_input`` of its own.
+    """
+    return ConfigList(config_list, prunable_groups(model, dummy_input))
+
+
+auto_set_denpendency_group_ids = auto_set_dependency_group_ids
 
 
 class _EnoughError(Exception):
@@ -33,7 +70,8 @@ class TorchEvaluator:
     Args:
         training_func: ``(model, optimizers, training_step, lr_schedulers, max_steps, max_epochs)``.
         optimizers: one or several.
-        training_step: ``(batch, model)`` gives the loss, or a tuple or dict that starts with it.
+        training_step: what the training function computes the loss with: NNI 3's ``(batch, model)`` or NNI 2's
+            criterion ``(output, target)``. Gives the loss, or a tuple or dict that starts with it.
         lr_schedulers: one, several or none.
         dummy_input: what the model can be traced with; with it, pruners know the coupled groups.
         evaluating_func: ``(model)`` gives the metric.
@@ -89,21 +127,24 @@ class TorchEvaluator:
 
         def step_with_penalty(*args: Any, **kwargs: Any) -> Any:
             loss = self.training_step(*args, **kwargs)
-            return loss if penalty is None else _add_to_loss(loss, penalty())
+            return loss if penalty is None else _with_loss(loss, lambda value: value + penalty())
 
-        def stepped(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
+        def before(*_: object) -> None:
             if before_step is not None:
                 before_step()
-            result = original(*args, **kwargs)
+
+        def after(*_: object) -> None:
+            nonlocal steps
             if after_step is not None:
                 after_step()
             steps += 1
             if max_steps is not None and steps >= max_steps:
                 raise _EnoughError
-            return result
 
-        with _patched(_listed(self.optimizers)[:1], stepped):
+        first = _listed(self.optimizers)[0]
+        with ExitStack() as stack:
+            stack.callback(first.register_step_pre_hook(before).remove)
+            stack.callback(first.register_step_post_hook(after).remove)
             self._run(model, step_with_penalty, max_steps, max_epochs)
 
     def collect(
@@ -117,42 +158,37 @@ class TorchEvaluator:
         """Statistics over the batches that the training function takes; nothing is trained.
 
         Args:
-            model: see :func:`maskprop.pruning.statistics.collect`, as for the next two.
+            model: see :func:`maskprop.pruning.statistics.collecting`, as for the next two.
             groups: that will be scored.
             needs: kinds of statistics.
             steps: at most so many batches.
             **options: handed on.
+
+        Raises:
+            ScoreError: the training function never asked for the loss.
         """
-        batches: list[Any] = []
-
-        def remember(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            batches.append(batch)
-            if steps is not None and len(batches) >= steps:
-                raise _EnoughError
-            return sum(p.sum() * 0 for p in model.parameters())
-
-        with _patched(
-            [*_listed(self.optimizers), *_listed(self.lr_schedulers)], lambda original, *args, **kwargs: None
+        idle = [*_listed(self.optimizers), *_listed(self.lr_schedulers)]
+        with (
+            _gradients_kept(model),
+            collecting(model, groups, needs, **options) as (found, observe),
+            _patched(idle, lambda original, *args, **kwargs: None),
         ):
-            gradients = [(p, p.grad) for p in model.parameters()]
-            modes = [(m, m.training) for m in model.modules()]
-            self._run(model, remember, steps, 1 if steps is None else None)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for module, training in modes:
-                module.training = training
-        if not batches:
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                result = self.training_step(*args, **kwargs)
+                observe(_loss_of(result))
+                if steps is not None and found.batches >= steps:
+                    raise _EnoughError
+                with torch.enable_grad():  # what the function calls backward() on
+                    nothing = torch.stack([p.sum() * 0 for p in model.parameters() if p.requires_grad]).sum()
+                return _with_loss(result, lambda loss: nothing)
+
+            self._run(model, watched, steps, 1 if steps is None else None)
+        if not found.batches:
             raise ScoreError(
-                "the training function called training_step with no batch. Check training_func and its data."
+                "the training function never called what computes the loss. Check training_func and its data."
             )
-        return collect(
-            model,
-            groups,
-            needs,
-            batches,
-            lambda m, batch: _loss_of(self.training_step(batch, m)),
-            **options,
-        )
+        return found
 
     def _run(self, model: nn.Module, step: Callable[..., Any], max_steps: int | None, max_epochs: int | None) -> None:
         with suppress(_EnoughError):
@@ -176,6 +212,16 @@ def _patched(things: Sequence[Any], replacement: Callable[..., Any]) -> Iterator
                 thing.step = own
 
 
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -188,10 +234,11 @@ def _loss_of(result: Any) -> Tensor:
     return found
 
 
-def _add_to_loss(result: Any, extra: Tensor) -> Any:
+def _with_loss(result: Any, change: Callable[[Any], Any]) -> Any:
+    """What a training step returned, with another loss."""
     if isinstance(result, dict):
         key = "loss" if "loss" in result else next(iter(result))
-        return {**result, key: result[key] + extra}
+        return {**result, key: change(result[key])}
     if isinstance(result, (tuple, list)):
-        return type(result)([result[0] + extra, *result[1:]])
-    return result + extra
+        return type(result)([change(result[0]), *result[1:]])
+    return change(result)

@@ -79,6 +79,8 @@ class Pruner:
         self.model = model
         self.budget = budget
         self.limits = Limits(channel_multiple, min_units)
+        if groups is None and dummy_input is None:
+            groups = getattr(config, "groups", None)  # NNI's helper has found them
         if groups is not None and groups.model is not model:
             raise OptionError(
                 "the groups are another model's. Find them with prunable_groups(model, dummy_input) for this one."
@@ -98,7 +100,7 @@ class Pruner:
             ignore=ignore,
             granularity=granularity,
             ranking=ranking,
-            default_types=self.default_types if dummy_input is None else (),
+            default_types=self.default_types if groups.structure is None else (),
         )
         found = ((g, self.selection.rule_of(g)) for g in groups)
         self.plan: dict[str, tuple[Group, Rule]] = {g.name: (g, rule) for g, rule in found if rule is not None}
@@ -166,6 +168,12 @@ class Pruner:
             RatioError: the budget is out of reach.
             GroupError: there is a budget and no dummy input.
         """
+        if not self.plan:
+            log.warning(
+                "%s prunes nothing: no group is made by the modules that the configuration names. Outputs are never "
+                "pruned, and without dummy_input only each module's own parameters are known.",
+                type(self).__name__,
+            )
         self.calibrate()
         before = self.removal.parts if self.removal is not None else {}
         scores = {name: checked(self.score, group) for name, (group, _) in self.plan.items()}
@@ -219,6 +227,17 @@ class Pruner:
     def get_masks(self) -> NestedMasks:
         """NNI's name for :attr:`masks`."""
         return self.masks
+
+    def show_pruned_weights(self) -> dict[str, float]:
+        """NNI 2: what share of each masked parameter is pruned; logged, too."""
+        shares = {
+            f"{path}.{key}".lstrip("."): 1 - float(mask.double().mean())
+            for path, own in self.masks.items()
+            for key, mask in own.items()
+        }
+        for name, share in shares.items():
+            log.info("%s: %.1f%% pruned", name, 100 * share)
+        return shares
 
 
 def _mask_shape(plan: Mapping[str, tuple[Group, Rule]], name: str) -> tuple[int, ...]:

@@ -102,6 +102,10 @@ class Schedule:
             self._prune(1.0)
         return self.model, self.masks
 
+    def get_masks(self) -> NestedMasks:
+        """NNI's name for :attr:`masks`."""
+        return self.masks
+
     def unwrap_model(self, bake: bool = True) -> nn.Module:
         """Take the masks off; see :meth:`Pruner.unwrap_model`."""
         return self.pruner.unwrap_model(bake)
@@ -141,10 +145,8 @@ class LotteryTicketPruner(Schedule):
     """Prune, rewind to the first weights, train again (Frankle and Carbin, 2019, arXiv:1803.03635).
 
     Each round keeps the same share of what is left: after k of n, ``1 - (1 - ratio)^(k/n)`` of the largest
-    ratio. After
-    each pruning the parameters and buffers are those from when the schedule was made; start a new optimiser
-    then
-    (:meth:`step` returns True).
+    ratio. After each pruning the parameters and buffers are those from when the schedule was made (unless
+    ``reset_weight`` is False); start a new optimiser then (:meth:`step` returns True).
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class LotteryTicketPruner(Schedule):
         evaluator: Any = None,
         *,
         warmup_steps: int = 0,
+        reset_weight: bool = True,
     ) -> None:
         super().__init__(pruner, interval_steps, total_times, evaluator, warmup_steps=warmup_steps)
+        self.reset_weight = reset_weight
         self._first = {name: p.detach().clone() for name, p in named_weights(self.model).items()}
         self._buffers = {n: copy.deepcopy(b) for n, b in self.model.named_buffers() if not n.endswith(".mask")}
         self._ratio = max((rule.ratio or 0.0 for _, rule in pruner.plan.values()), default=0.0)
@@ -167,6 +171,8 @@ class LotteryTicketPruner(Schedule):
 
     def _prune(self, share: float) -> None:
         super()._prune(share)
+        if not self.reset_weight:
+            return
         buffers = dict(self.model.named_buffers())
         with torch.no_grad():
             for name, parameter in named_weights(self.model).items():

@@ -53,14 +53,12 @@ def collect(
     data: Iterable[Any],
     loss: Loss | None = None,
     batches: int | None = None,
-    activation: Callable[[Tensor], Tensor] = torch.relu,
-    seed: int = 0,
-    probes: int = 8,
+    **options: Any,
 ) -> Statistics:
     """Run a model over batches in evaluation mode and collect what scores need.
 
     Args:
-        model: its gradients, buffers, modes and the random state are restored.
+        model: left as it was; see :func:`collecting`, as for the next two.
         groups: that will be scored.
         needs: kinds of statistics.
         data: batches, in any form that ``loss`` takes. Without ``loss``: a tensor, a tuple or list whose
@@ -68,9 +66,7 @@ def collect(
             item is the input, or a dict of keyword arguments.
         loss: ``loss(model, batch)`` gives a scalar; needed for gradients.
         batches: at most so many.
-        activation: applied before activations are counted.
-        seed: of the random signs of the Hessian's estimate.
-        probes: vectors of signs a batch.
+        **options: see :func:`collecting`.
 
     Raises:
         ScoreError: gradients are needed and there is no loss, the loss is not a scalar, or ``data`` is empty.
@@ -80,27 +76,67 @@ def collect(
             "this score needs gradients, and there is no loss. Give `loss`, a function of (model, batch) "
             "that returns a scalar."
         )
+    with collecting(model, groups, needs, **options) as (found, observe):
+        for number, batch in enumerate(data):
+            if batches is not None and number >= batches:
+                break
+            observe(_forward(model, batch) if loss is None else loss(model, batch))
+    if not found.batches:
+        raise ScoreError(
+            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a DataLoader."
+        )
+    return found
+
+
+@contextmanager
+def collecting(
+    model: nn.Module,
+    groups: Sequence[Group],
+    needs: frozenset[str],
+    *,
+    activation: Callable[[Tensor], Tensor] = torch.relu,
+    seed: int = 0,
+    probes: int = 8,
+) -> Iterator[tuple[Statistics, Callable[[Any], None]]]:
+    """Collect while somebody else runs the model, which is in evaluation mode whatever they do.
+
+    Args:
+        model: its gradients, buffers, modes and the random state are restored.
+        groups: that will be scored.
+        needs: kinds of statistics.
+        activation: applied before activations are counted.
+        seed: of the random signs of the Hessian's estimate.
+        probes: vectors of signs a batch.
+
+    Yields:
+        The statistics, and a function to be called with the loss of each batch.
+    """
     found = Statistics()
     generator = torch.Generator().manual_seed(seed)
+    seen: list[tuple[str, str, Tensor]] = []  # by the last forward, which may be of an evaluation in between
+
+    def prepare(model: nn.Module, inputs: object) -> None:
+        seen.clear()
+        if model.training:  # training functions ask for that
+            model.eval()
+
+    def observe(result: Any) -> None:
+        if needs & _GRADIENTS:
+            _gradients(model, groups, needs, result, found, generator, probes)
+        for statistic in seen:
+            found.add(*statistic)
+        seen.clear()
+        found.batches += 1
+
     with ExitStack() as stack:
         stack.enter_context(frozen_state(model))
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.set_grad_enabled(bool(needs & _GRADIENTS)))
         if "hessian" in needs:  # fused attention has no second derivative
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        stack.enter_context(_hooks(model, groups, needs & _ACTIVATIONS, found, activation))
-        for number, batch in enumerate(data):
-            if batches is not None and number >= batches:
-                break
-            result = _forward(model, batch) if loss is None else loss(model, batch)
-            if needs & _GRADIENTS:
-                _gradients(model, groups, needs, result, found, generator, probes)
-            found.batches += 1
-    if not found.batches:
-        raise ScoreError(
-            "`data` gave no batch. An iterator that was used up before gives none: pass a list or a DataLoader."
-        )
-    return found
+        stack.callback(model.register_forward_pre_hook(prepare).remove)
+        stack.enter_context(_hooks(model, groups, needs & _ACTIVATIONS, seen, activation))
+        yield found, observe
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
@@ -171,7 +207,7 @@ def _hooks(
     model: nn.Module,
     groups: Sequence[Group],
     kinds: frozenset[str],
-    found: Statistics,
+    seen: list[tuple[str, str, Tensor]],
     activation: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
     """Forward hooks on the modules that make the groups' units, and on those that read them."""
@@ -188,14 +224,14 @@ def _hooks(
             source = inputs[0] if inputs else None
             for side, value in (("made", output), ("read", source)):
                 if path in (made if side == "made" else read) and isinstance(value, Tensor):
-                    seen = activation(value.detach()).movedim(axis, 0).flatten(1)
+                    active = activation(value.detach()).movedim(axis, 0).flatten(1)
                     if "activation_mean" in kinds:
-                        found.add("activation_mean", f"{side}|{path}", seen.abs().double().mean(1))
+                        seen.append(("activation_mean", f"{side}|{path}", active.abs().double().mean(1)))
                     if "activation_nonzero" in kinds:
-                        found.add("activation_nonzero", f"{side}|{path}", (seen != 0).double().mean(1))
+                        seen.append(("activation_nonzero", f"{side}|{path}", (active != 0).double().mean(1)))
             if "input_norm" in kinds and isinstance(source, Tensor) and source.is_floating_point():  # no token ids
                 norms = source.detach().movedim(axis, 0).flatten(1).double().square().mean(1)
-                found.add("input_norm", path, norms)
+                seen.append(("input_norm", path, norms))
 
         handles.append(module.register_forward_hook(hook))
     try:
