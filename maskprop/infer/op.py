@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -82,12 +83,22 @@ class Op:
         return None
 
     def run(self, *tensors: Tensor) -> Any:
-        """Call the op again with other tensors in place of its inputs."""
-        values = iter(tensors)
+        """Call the op again with other tensors in place of its inputs.
+
+        Where nothing is known of an integer or a bool, a fact's value is a floating zero, whatever it is joined with.
+        """
+        values = iter(self._as_recorded(tensors))
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), lambda _: next(values))
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return self.target(*args, **kwargs)
+
+    def _as_recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        dtypes = [node.meta["tensor"].dtype for node in self.inputs]
+        return [
+            t.to(dtype) if t.is_floating_point() and not (dtype.is_floating_point or dtype.is_complex) else t
+            for t, dtype in zip(tensors, dtypes, strict=True)
+        ]
 
     def __repr__(self) -> str:
         return f"{self.target} in '{self.path}'"

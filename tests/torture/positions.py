@@ -254,3 +254,23 @@ class Conv1dGroups(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(F.relu(self.n(self.b(torch.sigmoid(self.a(x))))))
+
+
+@case(
+    vectors(5, 12),
+    {"a.weight": ([0, 1],), "a.bias": ([0, 1],)},
+    {"a.weight": (6, 12), "a.bias": (6,), "b.weight": (3, 6)},
+)
+class PromptMask(nn.Module):
+    """A mask of which the part before the input, a prompt's, is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 8)
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompt = torch.ones(x.shape[0], 2, dtype=torch.bool)
+        seen = torch.cat([prompt, x[:, :, 0] > 0], 1)
+        seen = seen[:, :, None] & seen[:, None]
+        return self.b(seen[:, 2:, 2:].float() @ F.relu(self.a(x)))
