@@ -55,10 +55,19 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return v * (g / norm), norm
 
 
-# By schema name; each takes the op's arguments and returns its results.
+def _as_strided_(x: Tensor, size: list[int], stride: list[int], offset: int | None = None) -> Any:
+    """The tensor as it is, where only strides that mean nothing differ: pooling to 1 x 1 marks channels last so."""
+    same = list(x.shape) == list(size) and offset in (None, x.storage_offset())
+    if same and all(n == 1 or a == b for n, a, b in zip(size, x.stride(), stride, strict=True)):
+        return x
+    return NotImplemented
+
+
+# By schema name; each takes the op's arguments and returns its results, or NotImplemented: then it is itself recorded.
 DECOMPOSED: dict[str, Callable[..., Any]] = {
     "aten::_trilinear": _trilinear,
     "aten::_weight_norm_interface": _weight_norm,
+    "aten::as_strided_": _as_strided_,
     "aten::pixel_shuffle": _pixel_shuffle,
     "aten::pixel_unshuffle": _pixel_unshuffle,
     "aten::channel_shuffle": _channel_shuffle,

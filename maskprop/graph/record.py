@@ -155,7 +155,9 @@ class Recorder(TorchDispatchMode):
             return op(*args, **kwargs)
         if schema.name in DECOMPOSED:
             with self:
-                return DECOMPOSED[schema.name](*args, **kwargs)
+                made = DECOMPOSED[schema.name](*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         node_args = tuple(map(self._to_node, args))
         node_kwargs = {name: self._to_node(arg) for name, arg in kwargs.items()}
         if schema.name == "aten::_local_scalar_dense":

@@ -53,6 +53,25 @@ class ChLast(nn.Module):
 
 
 @case(
+    images(3, 6),
+    {"a.weight": ([0, 1, 4],), "a.bias": ([0, 1, 4],)},
+    {"a.weight": (5, 3, 3, 3), "a.bias": (5,), "b.weight": (4, 5)},
+    prep=lambda m: m.to(memory_format=torch.channels_last),
+)
+class ChLastPooled(nn.Module):
+    """Pooling to 1 x 1 strides its result anew, where channels are last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x.contiguous(memory_format=torch.channels_last)))
+        return self.b(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@case(
     vectors(12),
     {"a.weight": ([0, 1, 4],), "a.bias": ([0, 1, 4],)},
     {"a.weight": (5, 12), "a.bias": (5,), "b.weight": (4, 5)},
