@@ -74,14 +74,17 @@ def recorded_calls(edits: Edits, graph: Graph, paths: Sequence[str], inputs: Inp
                     nodes[path] = bind_arguments(edits.model.get_submodule(path), graph.calls[path])
             except CannotTrace as error:
                 log.info("no forward can be changed in '%s': %s", path, error)
-        opaque = _opaque_arguments(edits.model, nodes, inputs, fake)
+        opaque = _opaque_arguments(edits.model, nodes, inputs, fake, graph.concrete)
     return {path: Arguments(found, opaque.get(path, {}), fake) for path, found in nodes.items()}
 
 
 def _opaque_arguments(
-    model: nn.Module, nodes: Mapping[str, dict[str, Any]], inputs: Inputs, fake: FakeTensorMode
+    model: nn.Module, nodes: Mapping[str, dict[str, Any]], inputs: Inputs, fake: FakeTensorMode, concrete: bool
 ) -> dict[str, dict[str, Any]]:
-    """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run."""
+    """Copies of what modules are called with that is neither tensor nor plain, taken at the call of a dense run.
+
+    That run is on fake tensors, unless the model reads its values.
+    """
     wanted = {path: [n for n, value in arguments.items() if _is_opaque(value)] for path, arguments in nodes.items()}
     found: dict[str, dict[str, Any]] = {}
     handles = []
@@ -92,11 +95,15 @@ def _opaque_arguments(
     if handles:
         try:
             with frozen_state(model), torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
-                args, kwargs = map_tensors(inputs, fake.from_tensor)
-                with fake, QuickFakes():
+                if concrete:
+                    args, kwargs = copy.deepcopy(inputs)
                     model(*args, **kwargs)
+                else:
+                    args, kwargs = map_tensors(inputs, fake.from_tensor)
+                    with fake, QuickFakes():
+                        model(*args, **kwargs)
         except Exception as error:  # then those modules cannot be traced either
-            log.info("the dense model does not run on fake tensors: %s: %s", type(error).__name__, error)
+            log.info("the dense model does not run again: %s: %s", type(error).__name__, error)
         finally:
             for handle in handles:
                 handle.remove()

@@ -29,6 +29,9 @@ OTHER_BRANCH = (
     "such as these"
 )
 
+# What makes something of sizes or a dtype.
+_MAKERS = ("finfo", "zeros", "ones", "empty", "full", "arange", "eye")
+
 
 class CannotTrace(Exception):
     """This module's forward cannot be traced."""
@@ -212,7 +215,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any]) -> fx.Graph:
     """
     before = set(vars(module))
     try:
-        with torch.no_grad(), plain_kernels(), _symbolic_finfo(), _nothing_wrapped():
+        with torch.no_grad(), plain_kernels(), _symbolic_makers(), _nothing_wrapped():
             graph = _Tracer(module, arguments).trace(module)
     finally:
         constants = [name for name in vars(module) if name not in before]
@@ -239,20 +242,23 @@ def _nothing_wrapped() -> Iterator[None]:
 
 
 @contextmanager
-def _symbolic_finfo() -> Iterator[None]:
-    """``torch.finfo(x.dtype)`` of a traced dtype becomes a node."""
-    finfo = torch.finfo
+def _symbolic_makers() -> Iterator[None]:
+    """Functions of traced sizes and dtypes alone, to which no tensor hands the trace, become nodes."""
+    before = {name: getattr(torch, name) for name in _MAKERS}
 
-    def symbolic(dtype: Any) -> Any:
-        if isinstance(dtype, fx.Proxy):
-            return dtype.tracer.create_proxy("call_function", finfo, (dtype,), {})
-        return finfo(dtype)
+    def symbolic(make: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = [*args, *kwargs.values()]
+        flat += [part for value in flat if isinstance(value, (list, tuple)) for part in value]
+        tracer = next((value.tracer for value in flat if isinstance(value, fx.Proxy)), None)
+        return make(*args, **kwargs) if tracer is None else tracer.create_proxy("call_function", make, args, kwargs)
 
-    torch.finfo = symbolic  # type: ignore[misc, assignment]
+    for name, make in before.items():
+        setattr(torch, name, functools.partial(symbolic, make))
     try:
         yield
     finally:
-        torch.finfo = finfo  # type: ignore[misc]
+        for name, make in before.items():
+            setattr(torch, name, make)
 
 
 def header(module: nn.Module, arguments: Mapping[str, Any]) -> str:

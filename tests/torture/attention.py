@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torture import ALL, Projections, case, vectors
+from torture import ALL, CASES, Case, Projections, case, vectors
 
 # The first of three heads of four dims, in the rows of q, k and v, and what then is left.
 HEAD = {
@@ -413,3 +413,39 @@ class OneHeadLeft(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-2, -1) + torch.einsum("bhic,ijc->bhij", q, self.far)
         return self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+class Baddbmm(nn.Module):
+    """scores added to zeros of a computed size, as kernels for half precision had it; parts taken by slices"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.o = nn.Linear(12, 12)
+        self.heads, self.size = 3, 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        qkv = self.qkv(x).view(b, n, self.heads, 3 * self.size)
+        q = qkv[..., : self.size].transpose(1, 2).reshape(b * self.heads, n, self.size)
+        k = qkv[..., self.size : 2 * self.size].transpose(1, 2).reshape(b * self.heads, n, self.size)
+        v = qkv[..., 2 * self.size :].transpose(1, 2)
+        scores = torch.zeros(b * self.heads, n, n, dtype=x.dtype, device=x.device)
+        scores = torch.baddbmm(scores, q, k.transpose(1, 2), beta=1.0, alpha=0.5)
+        y = (scores.view(b, self.heads, n, n) + x[:, None, None, :, 0]).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+
+CASES["BaddbmmHeads"] = Case(
+    Baddbmm,
+    vectors(5, 12),
+    {"o.weight": (ALL, slice(4, 8))},
+    {"qkv.weight": (24, 12), "qkv.bias": (24,), "o.weight": (12, 8)},
+)
+_SCORES = [12 * head + part + dim for head in range(3) for part in (0, 4) for dim in (0, 2)]
+CASES["BaddbmmDims"] = Case(
+    Baddbmm,
+    vectors(5, 12),
+    {"qkv.weight": (_SCORES,), "qkv.bias": (_SCORES,)},
+    {"qkv.weight": (24, 12), "qkv.bias": (24,)},
+)

@@ -137,7 +137,7 @@ class MatMul(Rule):
         out = [*batch, *[rows] * (not o.row), *[columns] * (not o.column)]
         out = [None if x is None else o.lower(x) for x in out]
         if o.bias is not None:
-            out = broadcast_labels(op.shape, [op.shapes[o.bias], op.shape], [labels[o.bias], out], c)
+            out = broadcast_labels(op.shape, [op.shape, op.shapes[o.bias]], [out, labels[o.bias]], c)
         return out
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
