@@ -155,17 +155,19 @@ class Checkpoint:
     def _write_shards(self, speedup: ModelSpeedup, target: Path) -> None:
         plan, masks = speedup.plan, speedup.inference.masks
         first = {stored: name for name, stored in self._names.items()}
-        biases = dict(plan.new_bias)
+        biases = {name.rpartition(".")[0]: name for name in plan.new_bias}
+        kept = {name for names in _all_names(self.model).values() for name in names}
         index: dict[str, str] = {}
         size = 0
         for file, names in self.shards.files.items():
             shard: dict[str, Tensor] = {}
             for stored in names:
-                name = first.get(stored, stored)
-                shard[stored] = compact_tensor(plan, name, self.shards[stored], masks).contiguous()
-                bias = stored.removesuffix("weight") + "bias"
-                if bias in biases:
-                    shard[bias] = biases.pop(bias).to(shard[stored].dtype)
+                bias = biases.pop(stored.rpartition(".")[0], None)
+                if bias is not None:
+                    shard[bias] = plan.new_bias[bias].to(self.shards[stored].dtype)
+                if stored in kept:  # and not of a layer that left
+                    name = first.get(stored, stored)
+                    shard[stored] = compact_tensor(plan, name, self.shards[stored], masks).contiguous()
             size += sum(t.numel() * t.element_size() for t in shard.values())
             index |= dict.fromkeys(shard, file)
             log.info("writing %s", file)

@@ -29,6 +29,8 @@ from maskprop._extras import require
 from maskprop._torchvision import import_torchvision
 from maskprop.align.plan import Plan
 from maskprop.errors import LoadError, MissingExtraError, SaveError
+from maskprop.rewrite.attributes import lineage
+from maskprop.rewrite.dead import Constant
 from maskprop.rewrite.steps import apply_record, obstacles, read_record, sub_record
 from maskprop.rewrite.verify import compare_outputs, run_model
 from maskprop.storage import PathLike, to_text
@@ -154,6 +156,9 @@ class PlanQuantizer(HfQuantizer):
         record, part, prefix = _fit(data, model)
         left_out = {name: buffer.clone() for name, buffer in hidden_buffers(part).items()}  # the plan works in place
         apply_record(part, record, _trust.get())
+        for path in [path for path, module in part.named_modules() if isinstance(module, Constant)]:
+            for outer in lineage(path):  # which have no weights that transformers could initialise
+                part.get_submodule(outer).__dict__["_is_hf_initialized"] = True
         if (folder / BUFFERS).is_file():
             saved = load_file(folder / BUFFERS)
             root = data["prefix"] + "." if prefix else ""

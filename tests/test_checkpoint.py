@@ -67,6 +67,29 @@ def test_again(generator: torch.Generator, tmp_path: Path) -> None:
     assert loaded.transformer.h[2].mlp.c_fc.nf == 48 - 16 - 2
 
 
+BRANCHES = {
+    "llama": ("model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"),
+    "gpt2": ("transformer.h.0.attn.c_proj.weight", "transformer.h.1.mlp.c_fc.weight"),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_that_leave(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    """What they leave is zero, or a constant that is not the bias that was there; shard by shard as in memory."""
+    model = dense(name, generator, tmp_path / "dense")
+    masks = {parameter: torch.zeros(1, 1) for parameter in BRANCHES[name]}
+    source = Checkpoint(tmp_path / "dense")
+    speedup = ModelSpeedup(source.model, IDS, masks, read=source.read)
+    speedup.speedup_model()
+    source.write(speedup, tmp_path / "small")
+    ModelSpeedup(model, IDS, masks).speedup_model()
+    assert len(speedup.report.repair.removed) > 4
+    hf.save_pretrained(model, tmp_path / "memory")
+    for directory in ("small", "memory"):
+        same(model, hf.load_pretrained(tmp_path / directory), generator)
+    assert Checkpoint(tmp_path / "small").model.num_parameters() == model.num_parameters()
+
+
 def test_hidden_buffers(generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "Scaled", Scaled, raising=False)
     transformers.AutoConfig.register(ScaledConfig.model_type, ScaledConfig, exist_ok=True)

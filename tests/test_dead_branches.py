@@ -299,3 +299,69 @@ def test_a_branch_behind_a_scale_of_zero(shape: tuple[int, ...]) -> None:
     x = torch.randn(3, 6)
     assert error(masked, model, x) < TOLERANCE
     assert count_parameters(model) == model.scale.numel() + count_parameters(model.head)
+
+
+class PerChannel(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(width, 1, 1) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("last", [PerChannel(6), nn.Conv2d(6, 6, 1, bias=False)], ids=["scale", "convolution"])
+def test_a_layer_without_a_bias_gets_one_for_its_constant(last: nn.Module, tmp_path: Path) -> None:
+    """Of the branch six numbers are left, less three of the channels that leave."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Linear(6, 2)
+            self.branch = nn.Sequential(
+                nn.Conv2d(3, 5, 3, padding=1), nn.SiLU(), nn.Conv2d(5, 6, 1), copy.deepcopy(last)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.conv(x) + self.branch(x)).mean((2, 3)))
+
+    model = randomise(Net().eval(), (torch.randn(2, 3, 4, 4),))
+    first = (torch.arange(6) < 3).float()  # the second group of the norm puts out its bias alone
+    masks = {**whole(model, "branch.2.weight"), "norm.weight": first, "conv.weight": first[:, None, None, None]}
+    reference = masked_reference(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (1, 3, 4, 4), (3, 3, 5, 6))
+    assert speedup.report.repair.removed == ["branch.0", "branch.2", "branch.3"]
+    assert [(n, p.shape) for n, p in model.branch.named_parameters()] == [("3.bias", (3,))]
+    again = ModelSpeedup(model, torch.randn(2, 3, 4, 4), {n: p != 0 for n, p in model.named_parameters()})
+    again.speedup_model()
+    assert again.plan.empty
+    assert not again.report.repair.removed
+    maskprop.save(model, tmp_path / "saved")
+    torch.manual_seed(0)
+    check_equal(maskprop.load(tmp_path / "saved", lambda: Net().eval()), reference, (2, 3, 4, 4))
+
+
+def test_attention_that_leaves_with_nothing_else() -> None:
+    """Its constants are narrow, and the number of dims in ``forward`` follows them."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8, bias=False) for _ in range(4))
+            self.head_dim = 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = (*x.shape[:2], -1, self.head_dim)
+            q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return x + self.out(mixed.reshape(*x.shape[:2], -1))
+
+    model = nn.Sequential(nn.Linear(5, 8), Attention(), nn.Linear(8, 2)).eval()
+    masks = whole(model, "1.out.weight")
+    reference = masked_reference(model, masks)
+    speedup = ModelSpeedup(model, torch.randn(2, 3, 5), masks)
+    speedup.speedup_model()
+    check_equal(model, reference, (2, 3, 5), (1, 4, 5))
+    assert not list(model[1].parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from examples import examples
 from hypothesis import given
@@ -48,7 +49,17 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
 @examples(60)
 @given(r=st.randoms(use_true_random=False))
 def test_equals_the_masked_network_and_nothing_is_left_to_do(r: random.Random) -> None:
-    subject = Subject(r)
+    check_speedup(Subject(r))
+
+
+# Constants of layers without a bias, along other axes than the last.
+@pytest.mark.parametrize("seed", [173, 1206])
+def test_what_second_runs_once_found(seed: int) -> None:
+    check_speedup(Subject(random.Random(seed)))
+
+
+def check_speedup(subject: Subject) -> None:
+    """It equals the masked network, trains, and a second run removes nothing."""
     net, before = subject.net, sizes(subject.net)
     masked = masked_reference(net, subject.masks)
     speedup = ModelSpeedup(net, subject.images(2), subject.masks)

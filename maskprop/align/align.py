@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from maskprop.align.constants import fold_constants, recount, rescale_means
+from maskprop.align.constants import fold_constants, hold_constants, recount, rescale_means
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
@@ -23,6 +23,7 @@ class Alignment:
 
     Attributes:
         numbers: numbers among the ops' arguments that change: by op, the position and the new number.
+        held: the biases that hold what layers that left as a whole put out.
     """
 
     coupling: Coupling
@@ -30,6 +31,7 @@ class Alignment:
     plan: Plan
     states: dict[str, fx.Node]
     numbers: dict[fx.Node, tuple[int, float]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
 
     def expected_shape(self, node: fx.Node, index: int | None = None) -> tuple[int, ...]:
         """The shape that a recorded value has in the compact model."""
@@ -118,7 +120,8 @@ def align(
             plan.shapes[name] = shape_of(node)
             plan.keep[name] = keeps
     fold_constants(plan, c, s)
-    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s))
+    held = hold_constants(plan, inference.left.values(), c, s)
+    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s), held)
 
 
 def _worth(plain: tuple[Coupling, Solution], cut: tuple[Coupling, Solution]) -> frozenset[Cut]:

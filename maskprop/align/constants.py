@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from maskprop.infer.coupling import Contraction, Coupling
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, weight_place
+from maskprop.infer.standin import StandIn
 
 
 def fold_constants(plan: Plan, c: Coupling, s: Solution) -> None:
@@ -30,6 +32,31 @@ def fold_constants(plan: Plan, c: Coupling, s: Solution) -> None:
                 contraction = _fold_carrier(plan, contraction, gone, c, s)
             if contraction.place != "carrier":
                 _fold_bias(plan, contraction, gone, c, s)
+
+
+def hold_constants(plan: Plan, left: Iterable[StandIn | None], c: Coupling, s: Solution) -> set[str]:
+    """Add to the plan what layers that left as a whole put out.
+
+    Returns:
+        The biases that hold it. What stays of a constant may be zero, and then none does.
+    """
+    held: set[str] = set()
+    for stand_in in left:
+        constant = None if stand_in is None else stand_in.held
+        if stand_in is None or constant is None or constant.name in held:
+            continue
+        own = c.labels_of(stand_in.result)[stand_in.axis]
+        rows = torch.arange(len(constant.value)) if own is None else s.kept(own)
+        value = constant.value[rows]
+        if not bool(value.any()):
+            continue
+        held.add(constant.name)
+        if constant.bias is None:
+            plan.new_bias[constant.name] = value
+        else:
+            bias = c.facts[constant.bias].value().expand(len(constant.value))
+            plan.add.append(Add(constant.name, value - bias[rows]))
+    return held
 
 
 def _is_convolution(op: Op) -> bool:

@@ -8,10 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Coupling, Labels
+
+
+@dataclass(frozen=True)
+class Held:
+    """The constant that a layer leaves.
+
+    Attributes:
+        name: of the bias that holds it.
+        bias: that bias, if the layer has it already.
+        value: ``(channels,)`` in float64, of the dense layer.
+    """
+
+    name: str
+    bias: fx.Node | None
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -22,13 +37,13 @@ class StandIn:
         result: of the call.
         axis: of its channels.
         like: the value whose sizes its other axes have, or ``None`` where they come from a window.
-        bias: the parameter that holds the constant; without one it is zero.
+        held: the constant; without one it is zero.
     """
 
     result: fx.Node
     axis: int
     like: fx.Node | None
-    bias: fx.Node | None
+    held: Held | None
 
     def couple(self, c: Coupling) -> Labels:
         """Labels of the result: free along the channels, elsewhere those of the value that it is as large as."""
@@ -38,6 +53,6 @@ class StandIn:
         labels[self.axis] = own = c.axes(shape)[self.axis]
         if own is not None:
             c.nonempty.append(own)
-            if self.bias is not None:
-                c.equal(c.labels_of(self.bias)[0], own.reshape(-1))
+            if self.held is not None and self.held.bias is not None:
+                c.equal(c.labels_of(self.held.bias)[0], own.reshape(-1))
         return labels

@@ -72,9 +72,8 @@ def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None
         edits.set_data(tensor, compact_tensor(plan, name, tensor, masks))
     for name, value in plan.new_bias.items():
         module, key = owner_of(edits.model, name)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        bias = nn.Parameter(value.to(weight), requires_grad=weight.requires_grad)
+        like = next(p for p in module.parameters(recurse=False))
+        bias = nn.Parameter(value.to(like), requires_grad=like.requires_grad)
         edits.set_parameter(module, key, bias)
 
 

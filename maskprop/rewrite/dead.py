@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.facts import Fact, any_over, everywhere
-from maskprop.infer.standin import StandIn
+from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.edits import Edits
 
@@ -49,11 +48,7 @@ class Constant(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The constant, as large as the layer's output for the first tensor among the arguments."""
         like = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        shape = list(like.shape)
-        shape[self.axis] = self.size
-        if self.window is not None:
-            for i, (kernel, stride, padding, dilation) in enumerate(zip(*self.window, strict=True), self.axis + 1):
-                shape[i] = (shape[i] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        shape = _shape(like.shape, self.axis, self.size, self.window)
         bias = getattr(self, "bias", None)
         if bias is None:
             return like.new_zeros(shape)
@@ -63,6 +58,16 @@ class Constant(nn.Module):
     def extra_repr(self) -> str:
         """Its size."""
         return f"{self.size}, axis={self.axis}"
+
+
+def _shape(like: Sequence[int], axis: int, size: int, window: Window | None) -> list[int]:
+    """The shape of what a constant puts out, by that of what it is given."""
+    shape = list(like)
+    shape[axis] = size
+    if window is not None:
+        for i, (kernel, stride, padding, dilation) in enumerate(zip(*window, strict=True), axis + 1):
+            shape[i] = (shape[i] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return shape
 
 
 def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inputs) -> list[DeadLayer]:
@@ -98,7 +103,7 @@ def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inpu
     _leave(inference, dead)
     edits = Edits(model)
     for layer in dead:
-        layer.replace(edits, lambda n: n.meta["tensor"].shape, lambda value: value)
+        layer.replace(edits, layer.size, layer.value is not None)
     _, error, where = trace_partial(model, inputs, graph.concrete)
     edits.rollback()
     if error is None:
@@ -115,14 +120,10 @@ def forget_dead(inference: Inference) -> None:
 
 
 def remove_dead(edits: Edits, dead: Sequence[DeadLayer], alignment: Alignment) -> None:
-    """Turn dead layers into :class:`Constant`, as large as the plan says."""
-
-    def kept(layer: DeadLayer, value: Tensor) -> Tensor:
-        own = alignment.coupling.labels_of(layer.results[0])[layer.axis]
-        return value if own is None else value[alignment.solution.kept(own)]
-
+    """Turn dead layers into :class:`Constant`, as large as the plan says; the plan gave them their values."""
     for layer in dead:
-        layer.replace(edits, alignment.expected_shape, partial(kept, layer))
+        size = alignment.expected_shape(layer.results[0])[layer.axis]
+        layer.replace(edits, size, f"{layer.path}.bias" in alignment.held)
 
 
 def _leave(inference: Inference, layers: Sequence[DeadLayer]) -> None:
@@ -139,29 +140,44 @@ class DeadLayer:
     Attributes:
         path: of the module.
         module: itself.
-        axis: of the channels in what it puts out, counted from the end.
+        axes: along which a constant may vary that gives what each call gave, counted from the end.
         window: see :class:`Constant`.
         nodes: its ops, and its tensors, which only it reads.
         results: what it puts out, one a call.
         sources: what each call reads first.
-        bias: the parameter that can hold a constant.
+        axis: the one of them that holds the channels.
         value: the constant, ``(channels,)`` in float64; ``None`` if it is zero or nothing reads it.
     """
 
     path: str
     module: nn.Module
-    axis: int
+    axes: list[int]
     window: Window | None
     nodes: list[fx.Node]
     results: list[fx.Node]
     sources: list[fx.Node]
-    bias: fx.Node | None = None
+    axis: int = 0
     value: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.axis = self.axes[0]
 
     @property
     def size(self) -> int:
         """Channels in the dense model."""
         return shape_of(self.results[0])[self.axis]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The parameter that holds the constant, if there is one already."""
+        return next((n for n in self.nodes if str(n.target) == f"{self.path}.bias"), None)
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a bias can hold the constant."""
+        if self.bias is not None:
+            return shape_of(self.bias) == (self.size,)
+        return getattr(self.module, "bias", None) is None and any(True for _ in self.module.parameters(recurse=False))
 
     def is_used(self, live: set[fx.Node]) -> bool:
         """Whether any of its nodes is among these."""
@@ -169,17 +185,26 @@ class DeadLayer:
 
     def turns_constant(self, inference: Inference, used: set[fx.Node]) -> bool:
         """Whether masks make what is needed of every call's result one known vector, which is zero or has a place."""
+        facts = [inference.facts.known.get(n) for n in self.results]
+        if not used.issuperset(self.results) or not all(isinstance(f, Fact) and not f.plain for f in facts):
+            return False
+        for axis in self.axes:
+            self.axis = axis
+            value = self._constant(inference)
+            if value is not None and (self.has_place or not bool(value.any())):
+                self.value = value if bool(value.any()) else None
+                return True
+        return False
+
+    def _constant(self, inference: Inference) -> Tensor | None:
+        """What is needed of every call's result, if it is one known vector along :attr:`axis`."""
         value, fixed = torch.zeros(self.size, dtype=torch.float64), torch.zeros(self.size, dtype=torch.bool)
         for node in self.results:
-            fact = inference.facts.known.get(node)
-            if not isinstance(fact, Fact) or fact.plain or node not in used:
-                return False
-            ndim = len(shape_of(node))
+            fact, ndim = inference.facts.known[node], len(shape_of(node))
             needed = inference.facts.needed.get(node, everywhere(False, ndim))
-            others = [d for d in range(ndim) if d != ndim + self.axis]
-            units = any_over(needed, others)
+            units = any_over(needed, [d for d in range(ndim) if d != ndim + self.axis])
             if not bool((fact.known | ~units).all()):
-                return False
+                return None
             found = torch.where(units, fact.value(), 0.0)
             own = found.movedim(self.axis, -1).reshape(-1, found.shape[self.axis])[0].expand(self.size)
             units = units.reshape(-1).expand(self.size)
@@ -187,46 +212,33 @@ class DeadLayer:
             shape = [1] * ndim
             shape[self.axis] = self.size
             if not torch.allclose(found, own.reshape(shape), *_ROUNDING) or not torch.allclose(both, own, *_ROUNDING):
-                return False
+                return None
             value, fixed = torch.where(units, own, value), fixed | units
-        if not bool(value.any()):
-            return True
-        if self.bias is None:
-            return False
-        self.value = value
-        return True
+        return value
 
     def left(self) -> dict[fx.Node, StandIn | None]:
         """What the inference has to know, see :attr:`maskprop.infer.sweep.Inference.left`."""
         bias = None if self.value is None else self.bias
+        held = None if self.value is None else Held(f"{self.path}.bias", bias, self.value)
         found: dict[fx.Node, StandIn | None] = {n: None for n in self.nodes if n is not bias}
         for result, source in zip(self.results, self.sources, strict=True):
             axis = len(shape_of(result)) + self.axis
-            found[result] = StandIn(result, axis, source if self.window is None else None, bias)
+            found[result] = StandIn(result, axis, source if self.window is None else None, held)
         return found
 
-    def replace(
-        self,
-        edits: Edits,
-        shape: Callable[[fx.Node], Sequence[int | None] | Sequence[int]],
-        kept: Callable[[Tensor], Tensor],
-    ) -> None:
+    def replace(self, edits: Edits, size: int, held: bool) -> None:
         """Turn the layer into a constant.
 
         Args:
             edits: the model and its undo log.
-            shape: of what it puts out.
-            kept: which part of the constant stays.
+            size: how many channels it has.
+            held: whether its bias holds them; they are zero otherwise.
         """
         module = self.module
-        bias = None if self.value is None else module._parameters["bias"]
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor is not bias:
+            if tensor is not None and not (held and name == "bias"):
                 edits.drop_tensor(module, name)
-        if self.value is not None and bias is not None:
-            edits.set_data(bias, kept(self.value).to(bias))
         edits.set_class(module, Constant)
-        size = shape(self.results[0])[self.axis]
         for name, what in (("axis", self.axis), ("size", size), ("window", self.window)):
             edits.set_attribute(module, name, what)
 
@@ -259,18 +271,16 @@ def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
         results = [n for nodes in calls.values() for n in nodes]
         if not results or any(len(nodes) != 1 for nodes in calls.values()) or None in sources:
             continue
-        axis, window = _form(module)
-        if axis > 0 and isinstance(results[0].meta["tensor"], TensorMeta):
-            axis -= len(shape_of(results[0]))
+        first, window = _form(module)
+        if not isinstance(results[0].meta["tensor"], TensorMeta):
+            continue
+        ndim = len(shape_of(results[0]))
+        first -= ndim if first > 0 else 0
+        others = (axis for axis in range(-1, -1 - ndim, -1) if axis != first and window is None)
         found = [n for n in sources if n is not None]
-        layer = DeadLayer(path, module, axis, window, [*ops, *owned], results, found)
-        if _fits(layer):
-            layer.bias = next((n for n in owned if _is_bias(n) and shape_of(n) == (layer.size,)), None)
-            yield layer
-
-
-def _is_bias(node: fx.Node) -> bool:
-    return str(node.target).rpartition(".")[2] == "bias"
+        axes = [axis for axis in (first, *others) if _fits(axis, window, results, found)]
+        if axes:
+            yield DeadLayer(path, module, axes, window, [*ops, *owned], results, found)
 
 
 def _source(number: int, ops: Sequence[fx.Node], own: set[fx.Node]) -> fx.Node | None:
@@ -290,18 +300,15 @@ def _form(module: nn.Module) -> tuple[int, Window | None]:
     return (1 if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1), None
 
 
-def _fits(layer: DeadLayer) -> bool:
-    """Whether a constant gives what each of the layer's calls gave."""
-    for like, result in zip(layer.sources, layer.results, strict=True):
+def _fits(axis: int, window: Window | None, results: Sequence[fx.Node], sources: Sequence[fx.Node]) -> bool:
+    """Whether a constant along an axis gives what each of a layer's calls gave."""
+    for like, result in zip(sources, results, strict=True):
         given, made = like.meta["tensor"], result.meta["tensor"]
-        if not isinstance(given, TensorMeta) or not isinstance(made, TensorMeta):
+        if not isinstance(given, TensorMeta) or not isinstance(made, TensorMeta) or given.dtype != made.dtype:
             return False
-        ndim = len(made.shape)
-        if not 1 <= -layer.axis <= ndim or len(given.shape) != ndim or given.dtype != made.dtype:
+        if -axis > len(made.shape) or len(given.shape) != len(made.shape):
             return False
-        stand_in = Constant()
-        stand_in.axis, stand_in.size, stand_in.window = layer.axis, made.shape[layer.axis], layer.window
-        if tuple(stand_in(torch.empty(given.shape, device="meta")).shape) != made.shape:
+        if _shape(given.shape, axis, made.shape[axis], window) != list(made.shape):
             return False
     return True
 

@@ -100,7 +100,7 @@ class Repair:
             masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
             apply_plan(self.edits, plan, masks)
             remove_dead(self.edits, self.dead, alignment)
-            if alignment.plan.empty:
+            if alignment.plan.empty and not self.dead:
                 return alignment
             self.taken = taken
             self.replaced += replace_attention(self.edits, plan)
