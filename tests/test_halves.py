@@ -104,6 +104,47 @@ def test_inside_of_shuffled_units() -> None:
     check_equal(model, expected)
 
 
+class Shuffled(nn.Module):
+    """Grouped convolutions around a channel shuffle, as in ShuffleNet (Zhang et al., 2018)."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.reduce = nn.Conv2d(3 * groups, width, 1, groups=groups)
+        self.spatial = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.expand = nn.Conv2d(width, 2 * groups, 1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x).relu()
+        n, c, h, w = x.shape
+        x = x.view(n, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.expand(self.spatial(x))
+
+
+# Channel i of group g comes out at place i * groups + g, and half of the places are in either group of the last layer.
+@pytest.mark.parametrize(
+    ("groups", "removed", "left"),
+    [
+        (2, [0, 2, 4, 6], 4),  # of each group two, and of what each becomes two
+        (2, [0, 3, 4, 7], 4),
+        (2, [0, 4], 8),  # both are in the last layer's first group
+        (2, [0, 1, 4, 5], 8),  # which is that group whole, and would leave its outputs nothing to read
+        (2, [0, 2, 5, 7], 8),  # a channel leaves in all groups or in none
+        (3, [0, 2, 4, 6, 8, 10, 12, 14, 16], 9),
+    ],
+)
+def test_groups_before_and_behind_a_shuffle(groups: int, removed: list[int], left: int) -> None:
+    width = 8 if groups == 2 else 18
+    model = randomise(Shuffled(groups, width).eval(), (torch.randn(2, 3 * groups, 5, 5),))
+    keep = torch.ones(width).index_fill_(0, torch.tensor(removed), 0)
+    masks = {"reduce.weight": keep[:, None, None, None], "reduce.bias": keep}
+    expected = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3 * groups, 5, 5), masks).speedup_model()
+    assert model.reduce.out_channels == model.spatial.groups == left
+    for batch in (1, 3):
+        assert error(model, expected, torch.randn(batch, 3 * groups, 6, 5)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_another_half_in_every_layer(name: str) -> None:
     """Masks that conflict wherever layers meet, with constants left behind."""

@@ -6,8 +6,9 @@ joins further groups. What may leave is then the greatest fixed point of
 
     may[outer] &= may[row];  may[inner] &= may[row] | removed[outer];  removed[row] = removed[outer] | removed[inner]
 
-in which whole outer units (heads) win by themselves. Whatever breaks a shape is restored, and the solve repeats: it
-ends because ``may`` only ever falls.
+in which whole outer units (heads) win by themselves. An axis may be taken apart in several ways (groups before a
+channel shuffle and groups behind it): a row leaves by all of them or by none. Whatever breaks a shape is restored, and
+the solve repeats: it ends because ``may`` only ever falls.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ class Solution:
         restored: groups that could leave and had to stay for a shape's sake, with the reason.
     """
 
-    def __init__(self, c: Coupling, owned: Sequence[Tensor]) -> None:
-        """Args: c: the relations; owned: label arrays of the model's own tensors (others never leave by themselves)."""
+    def __init__(self, c: Coupling, owned: Sequence[Tensor], alike: bool = False) -> None:
+        """Collect what may leave.
+
+        Args:
+            c: the relations.
+            owned: label arrays of the model's own tensors (others never leave by themselves).
+            alike: treat all ways to take an axis apart as one: units are coarser, and leave without others.
+        """
         self.coupling = c
         edges = _pairs(c.edges)
         triples = _triples(c)
         self.group = _components(c.size, edges)
-        self.group, self.triples = _congruence(self.group, triples)
+        self.group, self.triples = _congruence(self.group, triples[:, 1:] if alike else triples)
         count = int(self.group.max()) + 1 if c.size else 0
         self.may = np.ones(count, dtype=bool)
         self._rows = np.zeros(count, dtype=bool)
@@ -111,6 +118,7 @@ class Solution:
                     break
                 removed = again
             may = self.may.copy()
+            np.logical_and.at(may, row, removed[outer] | removed[inner] | ~removed[row])
             np.logical_and.at(may, outer, may[row])
             np.logical_and.at(may, inner, may[row] | removed[outer])
             if np.array_equal(may, self.may):
@@ -224,10 +232,12 @@ def _pairs(edges: Sequence[tuple[Tensor, Tensor]]) -> Ints:
 
 
 def _triples(c: Coupling) -> Ints:
+    """How an axis is taken apart (a number), and its rows, outer and inner units."""
     parts = []
-    for triple in c.triples:
-        parts.append(np.stack([t.reshape(-1).numpy() for t in torch.broadcast_tensors(*triple)], 1))
-    return np.concatenate(parts) if parts else np.zeros((0, 3), dtype=np.int64)
+    for (outer, inner), triple in zip(c.factors, c.triples, strict=True):
+        units = [t.reshape(-1).numpy() for t in torch.broadcast_tensors(*triple)]
+        parts.append(np.stack([np.full(len(units[0]), (outer << 31) + inner), *units], 1))
+    return np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
 
 
 def _components(count: int, pairs: Ints) -> Ints:
@@ -243,20 +253,28 @@ def _components(count: int, pairs: Ints) -> Ints:
 
 
 def _congruence(group: Ints, triples: Ints) -> tuple[Ints, Ints]:
-    """Merge groups until same row means same outer and inner, and the reverse."""
+    """Merge groups until the same row of axes taken apart alike means the same outer and inner, and the reverse.
+
+    Args:
+        group: of each label.
+        triples: labels of rows, outer and inner units, in the last three columns; what the others hold must be equal.
+
+    Returns:
+        The groups of labels, and the triples of groups.
+    """
     while True:
-        t = _distinct(group[triples])
+        t = _distinct(np.concatenate([triples[:, :-3], group[triples[:, -3:]]], 1))
         if not len(t):
-            return group, t
-        same = t[1:, 0] == t[:-1, 0]
-        pairs = [np.stack([t[1:, k][same], t[:-1, k][same]], 1) for k in (1, 2)]
-        by_units = t[np.lexsort((t[:, 2], t[:, 1]))]
-        same = (by_units[1:, 1:] == by_units[:-1, 1:]).all(1)
-        pairs.append(np.stack([by_units[1:, 0][same], by_units[:-1, 0][same]], 1))
+            return group, t[:, -3:]
+        same = (t[1:, :-2] == t[:-1, :-2]).all(1)
+        pairs = [np.stack([t[1:, k][same], t[:-1, k][same]], 1) for k in (-2, -1)]
+        by_units = t[np.lexsort((t[:, -1], t[:, -2]))]
+        same = (by_units[1:, -2:] == by_units[:-1, -2:]).all(1)
+        pairs.append(np.stack([by_units[1:, -3][same], by_units[:-1, -3][same]], 1))
         joined = np.concatenate(pairs)
         joined = joined[joined[:, 0] != joined[:, 1]]
         if not len(joined):
-            return group, t
+            return group, _distinct(t[:, -3:])
         group = _components(int(group.max()) + 1, joined)[group]
 
 

@@ -125,6 +125,7 @@ class Coupling:
         even: names of nodes whose equal parts must stay equal.
         uneven: names of nodes that cut an axis into equal parts which may become unequal.
         triples: ``(row, outer, inner)``: a row leaves exactly if its outer or its inner unit leaves.
+        factors: of each triple, into how many outer and inner units the axis is taken apart.
     """
 
     constants: str = "exact"
@@ -135,6 +136,7 @@ class Coupling:
     size: int = 0
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     triples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    factors: list[tuple[int, int]] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     regulars: list[Regular] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
@@ -262,9 +264,10 @@ class Coupling:
         self.rescales.append(Rescale(labels.reshape(-1), place))
         return True
 
-    def triple(self, row: Tensor, outer: Tensor, inner: Tensor) -> None:
-        """State ``row = outer or inner``."""
+    def triple(self, row: Tensor, outer: Tensor, inner: Tensor, factors: tuple[int, int]) -> None:
+        """State ``row = outer or inner`` of an axis of so many outer times so many inner units."""
         self.triples.append((row, outer, inner))
+        self.factors.append(factors)
 
     def multiple(self, labels: Tensor, of: int) -> None:
         """State that the axis keeps a multiple of ``of`` units."""

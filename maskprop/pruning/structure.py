@@ -63,7 +63,7 @@ class Structure:
             for axis, labels in enumerate(self.coupling.labels_of(node))
             if labels is not None
         ]
-        self.base = Solution(self.coupling, [labels for *_, labels in self.owned])
+        self.base = Solution(self.coupling, [labels for *_, labels in self.owned], alike=True)
         self.units = self._units()
         self.leaks: set[tuple[str, int]] | None = None  # found when masks are first made
 

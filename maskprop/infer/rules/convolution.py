@@ -292,6 +292,6 @@ def split_rows(rows: Tensor | None, groups: int, size: int, c: Coupling) -> tupl
         return rows.reshape(-1), None
     rows = rows.reshape(groups, size)
     outer, inner = c.fresh([groups, 1]), c.fresh([groups, size])
-    c.triple(rows, outer, inner)
+    c.triple(rows, outer, inner, (groups, size))
     c.regular([outer, inner], 1)
     return outer.reshape(-1), inner

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -403,7 +404,7 @@ def _couple_reshape(labels: Labels, src: Shape, dst: Shape, c: Coupling) -> Labe
             elif rows is not None:
                 splits.append((rows, outs))
         else:
-            out[outs[0]] = _merge([reshaped[i] for i in ins], c)
+            out[outs[0]] = _merge([(reshaped[i], src[i]) for i in ins], c)
     for rows, outs in splits:
         _split(rows, outs, out, c)
     return out
@@ -425,20 +426,25 @@ def _split(rows: Tensor, axes: list[int], out: Labels, c: Coupling) -> None:
             break
         outer = c.fresh([1 if i in rest else n for i, n in enumerate(rows.shape)])
         inner = c.fresh(rows.shape)
-        c.triple(rows, outer, inner)
+        c.triple(rows, outer, inner, (rows.shape[axis], math.prod(rows.shape[i] for i in rest)))
         out[axis], rows = outer, inner
         made.append(axis)
     for axis in varying:
         c.regular(out, axis)
 
 
-def _merge(parts: Sequence[Tensor | None], c: Coupling) -> Tensor | None:
+def _merge(parts: Sequence[tuple[Tensor | None, int]], c: Coupling) -> Tensor | None:
+    """Labels of an axis that is merged out of others, of which the labels and the sizes are given."""
     rows: Tensor | None = None
-    for part in reversed(parts):
-        if part is None or rows is None:
-            rows = part if rows is None else rows
+    count = 1
+    for part, size in reversed(parts):
+        if part is None:
+            continue
+        if rows is None:
+            rows = part
         else:
             made = c.fresh(broadcast_shape(part.shape, rows.shape))
-            c.triple(made, part, rows)
+            c.triple(made, part, rows, (size, count))
             rows = made
+        count *= size
     return rows
