@@ -89,6 +89,40 @@ def test_forecast_of_handmade_models(name: str) -> None:
     assert removal.forecast == measure(model, groups.inputs)
 
 
+class Tables(nn.Module):
+    """Two things that are constant for every input: a bias made of a table of positions, and a class token's query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.linspace(-1, 1, 5)[:, None].repeat(1, 2))
+        self.hidden, self.bias = nn.Linear(2, 32), nn.Linear(32, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.bias(torch.relu(self.hidden(self.positions)))
+        q, k, v = (
+            f(y).view(len(x), -1, 4, 4).transpose(1, 2)
+            for f, y in ((self.q, self.token.expand(len(x), -1, -1)), (self.k, x), (self.v, x))
+        )
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_forecast_where_more_falls_silent_than_was_masked() -> None:
+    torch.manual_seed(0)
+    model = Tables()
+    with torch.no_grad():
+        model.hidden.bias[:20] -= 10  # silent at every position of the table, whether masked or not
+        model.hidden.weight[:20] *= 4
+    dummy = torch.randn(2, 5, 16)
+    groups = prunable_groups(model, dummy)
+    removal = L1NormPruner(model, 0.5, groups=groups).prune()
+    assert (removal.kept["hidden"], removal.kept["q:head"]) == (16, 2)
+    ModelSpeedup(model, dummy, removal.masks, tracer=groups.tracer).speedup_model()
+    assert model.hidden.out_features < 16
+    assert removal.forecast == measure(model, groups.inputs)
+
+
 def test_heads_and_dims_of_llama_leave_together() -> None:
     model = llama().eval()
     kinds = ["channel", "query group", "head", "head dim"]

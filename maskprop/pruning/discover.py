@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import nn
 
@@ -22,6 +23,8 @@ from maskprop.graph.trace import Tracer, split_inputs
 from maskprop.infer.op import Op
 from maskprop.pruning.groups import Group, Groups, Member
 from maskprop.pruning.structure import Structure, consumed_axes
+
+Prints = NDArray[np.uint64]
 
 
 def prunable_groups(model: nn.Module, dummy_input: Any, *, tracer: str | Tracer = "auto") -> Groups:
@@ -50,7 +53,7 @@ class _Slot:
 
     units: list[int]
     regulars: frozenset[int]
-    signature: bytes
+    signature: int
 
 
 class _Discovery:
@@ -111,26 +114,34 @@ class _Discovery:
         return csr_matrix((ones, (index, values)), shape=(len(arrays), self.classes))
 
     def _slots(self) -> list[_Slot]:
-        patterns: dict[int, list[tuple[int, bytes]]] = defaultdict(list)
+        """Units with the same signature, cut alike by the same regular axes."""
+        units = np.flatnonzero(np.diff(self.counts.indptr))
+        signature = _fingerprints(self.counts)
+        place = signature.copy()
+        cut_by: dict[int, list[int]] = defaultdict(list)
         for number, regular in enumerate(self.s.coupling.regulars):
             own = regular.labels[regular.axis]
             assert own is not None
             blocks = np.moveaxis(self.s.base.groups_of(own), regular.axis, -1).reshape(-1, own.shape[regular.axis])
             if len(blocks) == 1:
                 continue
-            counts = _sorted(csc_matrix(self._incidence(list(blocks)) @ self.reach))
-            for unit in np.flatnonzero(np.diff(counts.indptr)).tolist():
-                rows, data = _column(counts, unit)
-                if len(rows) < len(blocks) or data.min() != data.max():
-                    patterns[unit].append((number, rows.tobytes() + data.tobytes()))
-        slots: dict[Any, _Slot] = {}
-        for unit in np.flatnonzero(np.diff(self.counts.indptr)).tolist():
-            rows, data = _column(self.counts, unit)
-            signature = rows.tobytes() + b"|" + data.tobytes()
-            key = (signature, tuple(patterns[unit]))
-            slot = slots.setdefault(key, _Slot([], frozenset(n for n, _ in patterns[unit]), signature))
-            slot.units.append(unit)
-        return list(slots.values())
+            counts = csc_matrix(self._incidence(list(blocks)) @ self.reach)
+            has = np.diff(counts.indptr)
+            met = np.flatnonzero(has)
+            starts = counts.indptr[met]
+            even = np.zeros(len(has), dtype=bool)
+            if len(met):
+                even[met] = np.minimum.reduceat(counts.data, starts) == np.maximum.reduceat(counts.data, starts)
+            cut = np.flatnonzero((has > 0) & ~(even & (has == len(blocks))))
+            with np.errstate(over="ignore"):
+                place[cut] += _mix(_fingerprints(counts)[cut] + np.uint64(number))
+            for unit in cut.tolist():
+                cut_by[unit].append(number)
+        _, first, which = np.unique(place[units], return_index=True, return_inverse=True)
+        slots = [_Slot([], frozenset(cut_by.get(units[i], ())), int(signature[units[i]])) for i in first.tolist()]
+        for unit, slot in zip(units.tolist(), which.tolist(), strict=True):
+            slots[slot].units.append(unit)
+        return sorted(slots, key=lambda slot: slot.units[0])
 
     def _join(self, slots: list[_Slot]) -> list[list[_Slot]]:
         """Slots that share a regular axis, if one unit of each makes it regular; else by signature."""
@@ -153,7 +164,7 @@ class _Discovery:
             if len({len(slot.units) for slot in family}) == 1 and self._is_regular(family):
                 found.append(family)
                 continue
-            signatures: dict[bytes, list[int]] = defaultdict(list)
+            signatures: dict[int, list[int]] = defaultdict(list)
             for slot in family:
                 signatures[slot.signature] += slot.units
             found += [[_Slot(sorted(units), frozenset(), key)] for key, units in signatures.items()]
@@ -164,7 +175,7 @@ class _Discovery:
         if len(family) == 1:
             return not family[0].regulars
         units = self.s.units[[slot.units[0] for slot in family]]
-        return len(family[0].units) > 1 and not np.setdiff1d(units, np.flatnonzero(self.s.remove(units).removed)).size
+        return len(family[0].units) > 1 and bool(self.s.remove(units).removed[units].all())
 
     # -- groups ---------------------------------------------------------------------------------
 
@@ -280,6 +291,26 @@ def _column(matrix: csc_matrix, column: int) -> tuple[Ints, Ints]:
     """Rows and values of a column, whose indices are sorted."""
     part = slice(matrix.indptr[column], matrix.indptr[column + 1])
     return matrix.indices[part], matrix.data[part]
+
+
+def _fingerprints(matrix: csc_matrix) -> Prints:
+    """A 64-bit number a column, equal for equal columns: sums of hashes of row and value, zero for an empty one."""
+    found = np.zeros(matrix.shape[1], dtype=np.uint64)
+    filled = np.flatnonzero(np.diff(matrix.indptr))
+    if len(filled):
+        entries = (matrix.indices.astype(np.uint64) << np.uint64(32)) | matrix.data.astype(np.uint64)
+        found[filled] = np.add.reduceat(_mix(entries), matrix.indptr[filled])
+    return found
+
+
+def _mix(numbers: Prints) -> Prints:
+    """Spread bits (splitmix64; Steele et al., Fast Splittable Pseudorandom Number Generators, 2014)."""
+    with np.errstate(over="ignore"):
+        x: Prints = numbers + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return x
 
 
 def _sorted(matrix: csc_matrix) -> csc_matrix:

@@ -76,6 +76,8 @@ class Member:
         varying = [d for d, n in enumerate(self.units.shape) if n > 1]
         rest = [d for d in range(tensor.ndim) if d not in varying]
         flat = self.units.reshape(-1)
+        if len(varying) == 1 and torch.equal(flat, torch.arange(count)):  # one by one, in order: nothing moves
+            return tensor.movedim(varying[0], 0).reshape(count, -1)
         order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
         unit = flat[order]
         has = torch.bincount(unit, minlength=count)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskprop.align.solve import Bools, Solution
+from maskprop.align.align import Alignment
+from maskprop.align.solve import Solution
 from maskprop.errors import GroupError
-from maskprop.pruning.groups import Group, Groups, Member
+from maskprop.pruning.groups import Groups, Member
 from maskprop.pruning.structure import Cost
 
 NestedMasks = dict[str, dict[str, Tensor]]
@@ -25,7 +26,8 @@ class Removal:
         groups: those that it is about.
         parts: bool by group name, True for a part that leaves.
         masks: ``{module: {parameter: mask}}``, bool, of shapes that broadcast to the parameters'.
-        forecast: what the compact model costs; ``None`` for groups found without a dummy input.
+        forecast: what the compact model costs, exactly, unless its ``forward`` cannot be made to follow; ``None`` for
+            groups found without a dummy input.
     """
 
     groups: Groups
@@ -55,18 +57,49 @@ def remove(groups: Groups, chosen: Mapping[str, Tensor]) -> Removal:
             shape would not be regular, stays.
     """
     parts = {name: gone.clone() for name, gone in chosen.items() if bool(gone.any())}
-    cost = None
-    if groups.structure is not None:
-        solution = _solve(groups, parts)
-        parts = {name: torch.from_numpy(solution.removed[groups[name].classes]) for name in parts}
-        cost = groups.structure.cost(solution)
+    structure = groups.structure
+    if structure is None:
+        return Removal(groups, parts, _masks(groups, parts, set()), None)
+    solution = _solve(groups, parts)
+    parts = {name: torch.from_numpy(solution.removed[groups[name].classes]) for name in parts}
+    while True:
+        masks = _masks(groups, parts, structure.leaks)
+        flat = {f"{path}.{key}".lstrip("."): mask for path, own in masks.items() for key, mask in own.items()}
+        cost, left = structure.outcome({structure.graph.aliases.get(k, k): mask for k, mask in flat.items()})
+        leaks = _leaks(groups, parts, left)
+        if leaks <= structure.leaks:
+            return Removal(groups, parts, masks, cost)
+        structure.leaks |= leaks
+
+
+def _masks(groups: Groups, parts: Mapping[str, Tensor], leaks: set[tuple[str, int]]) -> NestedMasks:
+    """Zeros where parts are made, and where they are read in spite of that."""
     masks: NestedMasks = {}
-    leaks = _leaks(groups) if groups.structure is not None else set()
     for name, gone in parts.items():
         for member in groups[name].members:
             if (not member.consumes or (member.name, member.axis) in leaks) and bool(gone.any()):
                 _add(masks, member, gone)
-    return Removal(groups, parts, masks, cost)
+    return masks
+
+
+def _leaks(groups: Groups, parts: Mapping[str, Tensor], left: Alignment) -> set[tuple[str, int]]:
+    """Axes of consumers that parts reach as constants, though everything that produces them is zero.
+
+    A sigmoid or a batch norm without affine turns a zero row into a constant.
+    """
+    read = np.zeros(len(left.solution.may), dtype=bool)
+    for pin in left.coupling.pins:
+        if pin.live:
+            read[left.solution.groups_of(pin.labels)] = True
+    for contraction in left.coupling.contractions:
+        read[left.solution.groups_of(contraction.labels[contraction.nonzero])] = True
+    found = set()
+    for name, gone in parts.items():
+        for m in groups[name].members:
+            labels = left.coupling.labels_of(left.states[m.name])[m.axis] if m.consumes else None
+            if labels is not None and read[left.solution.groups_of(labels)[hidden_elements(m, gone).numpy()]].any():
+                found.add((m.name, m.axis))
+    return found
 
 
 def forecast(groups: Groups, chosen: Mapping[str, Tensor]) -> Cost:
@@ -99,41 +132,3 @@ def _add(masks: NestedMasks, member: Member, gone: Tensor) -> None:
 def hidden_elements(member: Member, parts: Tensor) -> Tensor:
     """Which places along a member's axis belong to parts that leave; of the shape of ``member.units``."""
     return parts[member.units.clamp_min(0)] & (member.units >= 0)
-
-
-def _all_but_first(group: Group) -> Tensor:
-    gone = torch.ones(group.parts, dtype=torch.bool)
-    gone[group.slots[:, 0]] = False
-    return gone
-
-
-def _leaks(groups: Groups) -> set[tuple[str, int]]:
-    """Consumers that units reach as constants, though everything that produces them is zero."""
-    structure = groups.structure
-    assert structure is not None
-    if structure.leaks is None:
-        masks: NestedMasks = {}
-        tested = {g.name: _all_but_first(g) for g in groups}  # with a live unit left, no value is wholly constant
-        for group in groups:
-            for member in group.members:
-                if not member.consumes:
-                    _add(masks, member, tested[group.name])
-        flat = {f"{path}.{key}".lstrip("."): mask for path, own in masks.items() for key, mask in own.items()}
-        flagged = structure.not_zero({structure.graph.aliases.get(k, k): v for k, v in flat.items()})
-        labels = {(name, axis): labels for name, axis, labels in structure.owned}
-        structure.leaks = {
-            (m.name, m.axis)
-            for g in groups
-            for m in g.members
-            if m.consumes
-            and bool(
-                flagged[structure.base.groups_of(labels[m.name, m.axis])][
-                    hidden_elements(m, tested[g.name]).numpy()
-                ].any()
-            )
-        }
-    return structure.leaks
-
-
-def _any(flags: Bools, where: Tensor) -> bool:
-    return bool(flags[where.numpy()].any())

@@ -118,7 +118,8 @@ class L1(Score):
 
     def member(self, group: Group, member: Member) -> Tensor:
         """The L1 norms."""
-        return group.rows(member).abs().double().sum(1)
+        rows = group.rows(member).abs()
+        return rows.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 class L2(Score):
@@ -126,7 +127,8 @@ class L2(Score):
 
     def member(self, group: Group, member: Member) -> Tensor:
         """The L2 norms."""
-        norms: Tensor = group.rows(member).double().norm(dim=1)
+        rows = group.rows(member)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
         return norms
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,16 +13,17 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
-from maskprop.align.align import Alignment
+from maskprop.align.align import Alignment, align
 from maskprop.align.couple import couple
 from maskprop.align.plan import Plan
-from maskprop.align.solve import Bools, Ints, Solution, multiples, never_empty, regularity
+from maskprop.align.solve import Ints, Solution, multiples, never_empty, regularity
 from maskprop.graph.graph import Graph, TensorMeta, is_op, shape_of
 from maskprop.graph.trace import Inputs, Tracer, trace
 from maskprop.infer.coupling import Coupling
-from maskprop.infer.facts import everywhere
 from maskprop.infer.op import Op
+from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
+from maskprop.rewrite.dead import find_dead
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Structure:
         ]
         self.base = Solution(self.coupling, [labels for *_, labels in self.owned], alike=True)
         self.units = self._units()
-        self.leaks: set[tuple[str, int]] | None = None  # found when masks are first made
+        self.leaks: set[tuple[str, int]] = set()  # axes of consumers, found when masks are made
 
     def _units(self) -> Ints:
         """Labels' groups that can leave by themselves: no row of a split axis, and no such row pinned."""
@@ -86,7 +87,8 @@ class Structure:
         """What leaves if these units are masked: shapes that would not be regular keep more."""
         s = copy.copy(self.base)
         s.may = self.base.may.copy()
-        s.may[np.setdiff1d(self.units, units)] = False
+        s.may[self.units] = False
+        s.may[units] = self.base.may[units]
         s.solve(
             {
                 "regular": regularity(self.coupling.regulars),
@@ -107,12 +109,14 @@ class Structure:
 
     def cost(self, s: Solution) -> Cost:
         """Parameters and FLOPs of the model that is left, by the formulas of ``torch.utils.flop_counter``."""
-        left = Alignment(self.coupling, s, Plan(), self.states)
+        return self._cost(Alignment(self.coupling, s, Plan(), self.states), {})
+
+    def _cost(self, left: Alignment, gone: Mapping[fx.Node, StandIn | None]) -> Cost:
         total = self._total
         for name, node in self.states.items():
             if id(self.graph.state[name]) in self._parameters:
-                total -= _numel(shape_of(node)) - _numel(left.expected_shape(node))
-        return Cost(total, sum(_flops(node, left) for node in self._counted))
+                total -= _numel(shape_of(node)) - (0 if node in gone else _numel(left.expected_shape(node)))
+        return Cost(total, sum(_flops(node, left) for node in self._counted if node not in gone))
 
     @cached_property
     def _counted(self) -> list[fx.Node]:
@@ -122,29 +126,21 @@ class Structure:
         """What leaves with these units if everything else stays."""
         return self.dense - self.cost(self.remove(units))
 
-    # -- constants ------------------------------------------------------------------------------
+    # -- under masks ----------------------------------------------------------------------------
 
-    def not_zero(self, masks: dict[str, Tensor]) -> Bools:
-        """Coupled groups of labels that still reach a consumer as something else than zero under these masks.
+    def outcome(self, masks: Mapping[str, Tensor]) -> tuple[Cost, Alignment]:
+        """What a speedup with these masks would leave, which may be less than the masks ask for.
 
-        A sigmoid or a batch norm without affine turns a zero row into a constant.
+        Next to what is constant anyway (a table of positions, a class token) more falls silent than was masked.
+
+        Args:
+            masks: by parameter name.
         """
         inference = Inference(self.graph, masks)
-        inference.forward()
-        for node in self.graph.fx.nodes:  # whatever is read counts, even by what is masked too
-            meta = node.meta.get("tensor")
-            if isinstance(meta, TensorMeta):
-                inference.facts.needed[node] = everywhere(True, len(meta.shape))
-            elif meta is not None:
-                inference.facts.needed[node] = [everywhere(True, 0 if m is None else len(m.shape)) for m in meta]
-        c = couple(inference, "exact")
-        found = np.zeros(len(self.base.may), dtype=bool)
-        for pin in c.pins:
-            if pin.live:
-                found[self.base.groups_of(pin.labels)] = True
-        for contraction in c.contractions:
-            found[self.base.groups_of(contraction.labels[contraction.nonzero])] = True
-        return found
+        inference.run()
+        find_dead(self.model, self.graph, inference, self.inputs)
+        left = align(inference)
+        return self._cost(left, inference.left), left
 
 
 def graph_cost(model: nn.Module, graph: Graph) -> Cost:
