@@ -21,6 +21,7 @@ from maskprop.errors import (
     MaskpropError,
     NonFiniteError,
     OptionError,
+    RewriteError,
     StageError,
     UnverifiedWarning,
     VerifyError,
@@ -335,10 +336,15 @@ class ModelSpeedup:
 
     def _attempt(
         self, repair: Repair, alignment: Alignment, reference: Reference | None
-    ) -> tuple[Alignment, VerifyError | None]:
+    ) -> tuple[Alignment, MaskpropError | None]:
         with self._stage("rewrite"):
-            done = repair.run(alignment)
-        problem = None if reference is None else self._compare(reference, repair.edits, done)
+            try:
+                done = repair.run(alignment)
+            except RewriteError as error:
+                if not repair.dead:
+                    raise
+                return alignment, error
+        problem: MaskpropError | None = None if reference is None else self._compare(reference, repair.edits, done)
         if reference is not None and problem is None and repair.generated:
             another = self._other_reference(repair.edits)
             problem = None if another is None else self._compare(another, repair.edits, done)

@@ -365,3 +365,111 @@ def test_attention_that_leaves_with_nothing_else() -> None:
     speedup.speedup_model()
     check_equal(model, reference, (2, 3, 5), (1, 4, 5))
     assert not list(model[1].parameters())
+
+
+class Pooling(nn.Module):
+    """As many rows as there are queries, whatever the input's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.weight = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.query @ x.mT).softmax(-1) @ x) @ self.weight
+
+
+class Turning(nn.Module):
+    """The axes of length and width change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).mT
+
+
+class Affine(nn.Module):
+    """An author's layer whose output is as long as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize(("layer", "leaves"), [(Pooling, False), (Turning, False), (Affine, True)])
+def test_an_authors_layer_leaves_if_its_output_follows_its_input(layer: type[nn.Module], leaves: bool) -> None:
+    """At the dummy's length all are alike."""
+    model = nn.Sequential(nn.Linear(6, 6), layer(), nn.Tanh()).eval()
+    masks = whole(model, "1.weight")
+    reference = masked_reference(model, masks)
+    length = 6 if layer is Turning else 5
+    ModelSpeedup(model, torch.randn(2, length, 6), masks, verify=False).speedup_model()
+    assert isinstance(model[1], Constant) is leaves
+    for length in (6, 9):
+        x = torch.randn(2, length, 6)
+        assert torch.equal(model(x), reference(x))
+
+
+def test_the_model_itself_stays_of_its_class() -> None:
+    model = Affine().eval()
+    ModelSpeedup(model, torch.randn(2, 6), whole(model, "weight"), verify=False).speedup_model()
+    assert type(model) is Affine
+    assert torch.equal(model(torch.randn(3, 6)), torch.zeros(3, 6))
+
+
+def test_the_fused_encoder_layer_misses_no_weights() -> None:
+    """Outside a trace its kernel reads the weights of all layers, also of those that the layer never calls."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 20, batch_first=True), 2).eval()
+    randomise(model, (torch.randn(2, 5, 12),))
+    masks = whole(model, "layers.0.linear1.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 5, 12), masks, verify=False).speedup_model()
+    check_equal(model, reference, (2, 5, 12), (3, 7, 12))
+    assert isinstance(model.layers[0].linear1, Constant)
+
+
+def test_writes_that_a_dead_layer_alone_read() -> None:
+    """They are gone from the compact model's trace."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            out = torch.empty_like(h)
+            out[:, :4], out[:, 4:] = h[:, 4:], h[:, :4].relu()
+            return self.b(out) + x[:, :1]
+
+    model = randomise(Writes().eval(), (torch.randn(2, 3, 4, 4),))
+    masks = whole(model, "b.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks).speedup_model()
+    check_equal(model, reference, (1, 3, 4, 4), (3, 3, 5, 6))
+
+
+def test_sizes_in_a_branch_that_left_are_mended() -> None:
+    """The constant that stands for the queries has fewer units than before, though no parameter shrinks."""
+
+    class Rotates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, v = (layer(x).view(*x.shape[:2], -1, 4) for layer in (self.q, self.v))
+            turned = torch.view_as_complex(q[..., :2].unflatten(-1, (1, 2)).contiguous()) * 1j
+            q = torch.cat([torch.view_as_real(turned).flatten(-2), q[..., 2:]], -1).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, q, v.transpose(1, 2)).transpose(1, 2)
+            return self.o(y.reshape(*x.shape[:2], -1))
+
+    model = randomise(Rotates().eval(), (torch.randn(2, 5, 16),))
+    masks = whole(model, "v.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 5, 16), masks, verify=False).speedup_model()
+    check_equal(model, reference, (1, 5, 16), (3, 7, 16))

@@ -18,6 +18,7 @@ from torture import (  # noqa: F401
     calls,
     channels,
     constants,
+    frames,
     functions,
     hidden,
     layers,

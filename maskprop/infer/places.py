@@ -14,6 +14,7 @@ from maskprop.infer.op import Op
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _TURNS = (aten.t.default, aten.transpose.int, *_CASTS)
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -144,7 +145,7 @@ def _next_add(node: fx.Node, uses: int) -> BiasPlace | None:
     """A linear whose bias is added by a call of its own (after a view, for inputs of three axes)."""
     width = shape_of(node)[-1]
     user = _sole_user(node)
-    while user is not None and user.target in _VIEWS and shape_of(user)[-1] == width:
+    while user is not None and user.target in (*_VIEWS, *_SQUEEZES) and shape_of(user)[-1] == width:
         node, user = user, _sole_user(user)
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
@@ -165,13 +166,15 @@ def _new_bias(node: fx.Node, uses: int) -> BiasPlace | None:
     found = weight_place(Op(node).inputs[1], uses)
     owner: type = node.meta.get("module", object)
     path = str(node.meta["path"])
+    name = f"{path}.bias".lstrip(".")
     if (
         found is None
         or found[0] != f"{path}.weight".lstrip(".")
         or not issubclass(owner, (nn.Linear, nn.modules.conv._ConvNd))
+        or any(n.target == name for n in node.graph.find_nodes(op="get_attr"))  # it has one, in a way not understood
     ):
         return None
-    return BiasPlace("new_bias", f"{path}.bias".lstrip("."))
+    return BiasPlace("new_bias", name)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
-from maskprop.graph.trace import Inputs, trace_partial
+from maskprop.graph.trace import Inputs, frozen_state, quiet, trace_partial
 from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
@@ -88,7 +89,8 @@ def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inpu
     used = _live(graph)
     ends: list[DeadLayer] = []
     while True:
-        more = [layer for layer in layers if layer not in ends and layer.turns_constant(inference, used)]
+        constant = (layer for layer in layers if layer not in ends and layer.turns_constant(inference, used))
+        more = [layer for layer in constant if layer.follows]
         if not more:
             break
         ends += more
@@ -96,7 +98,8 @@ def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inpu
     if not ends:
         return []
     live = _live(graph, {n for layer in ends for n in layer.results}, inference.facts.needed)
-    dead = [layer for layer in layers if layer in ends or (layer.is_used(used) and not layer.is_used(live))]
+    unused = {layer for layer in layers if layer.is_used(used) and not layer.is_used(live)}
+    dead = [layer for layer in layers if layer in ends or (layer in unused and layer.follows)]
     for layer in dead:
         if live.isdisjoint(layer.results):
             layer.value = None
@@ -104,6 +107,7 @@ def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inpu
     edits = Edits(model)
     for layer in dead:
         layer.replace(edits, layer.size, layer.value is not None)
+    _leave_fast_paths(edits, dead)
     _, error, where = trace_partial(model, inputs, graph.concrete)
     edits.rollback()
     if error is None:
@@ -124,6 +128,15 @@ def remove_dead(edits: Edits, dead: Sequence[DeadLayer], alignment: Alignment) -
     for layer in dead:
         size = alignment.expected_shape(layer.results[0])[layer.axis]
         layer.replace(edits, size, f"{layer.path}.bias" in alignment.held)
+    _leave_fast_paths(edits, dead)
+
+
+def _leave_fast_paths(edits: Edits, dead: Sequence[DeadLayer]) -> None:
+    """The fused kernel of an encoder layer reads the weights that its layers lost: this setting decides on it."""
+    for path in {layer.path.rpartition(".")[0] for layer in dead}:
+        parent = edits.model.get_submodule(path)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            edits.set_attribute(parent, "activation_relu_or_gelu", 0)
 
 
 def _leave(inference: Inference, layers: Sequence[DeadLayer]) -> None:
@@ -182,6 +195,28 @@ class DeadLayer:
     def is_used(self, live: set[fx.Node]) -> bool:
         """Whether any of its nodes is among these."""
         return not live.isdisjoint(self.nodes)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the layer's output is as large as :class:`Constant` makes it for inputs of any size.
+
+        Of a layer of torch's own that is known. An author's is called with inputs that are longer along one axis.
+        """
+        if type(self.module).forward.__module__.startswith("torch.nn.modules."):
+            return True
+        metas = {n.meta["tensor"] for n in self.sources}
+        others = [(m, d) for m in metas for d in range(len(m.shape)) if d != len(m.shape) + self.axis]
+        with FakeTensorMode(allow_non_fake_inputs=True), frozen_state(self.module), torch.no_grad(), quiet():
+            for meta, other in others:
+                longer = [n + (d == other) for d, n in enumerate(meta.shape)]
+                try:
+                    shape = list(self.module(torch.empty(longer, dtype=meta.dtype)).shape)
+                except Exception as error:  # whatever an author's layer raises
+                    log.info("'%s' does not take an input of shape %s: %s", self.path, longer, error)
+                    return False
+                if shape != _shape(longer, self.axis, self.size, self.window):
+                    return False
+        return True
 
     def turns_constant(self, inference: Inference, used: set[fx.Node]) -> bool:
         """Whether masks make what is needed of every call's result one known vector, which is zero or has a place."""
@@ -255,6 +290,8 @@ def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in graph.calls:
         module = modules[path]
+        if module is model:  # stays of its author's class
+            continue
         if any(module.children()) or any(f"{path}.{k}" in graph.mutated for k in module._buffers):
             continue
         if all(t is None for t in (*module._parameters.values(), *module._buffers.values())):

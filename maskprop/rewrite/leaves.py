@@ -27,7 +27,9 @@ class LeafPlan:
     def touches(self, module: nn.Module) -> bool:
         """Whether any of the module's own tensors shrinks."""
         return any(
-            self._dot + key in self._plan.keep for table in (module._parameters, module._buffers) for key in table
+            self._dot + key in self._plan.keep
+            for table in (module._parameters, module._buffers)
+            for key in table.keys()  # noqa: SIM118 (a scripted module's table is no dict)
         )
 
     def blocks(self, key: str, count: int, tensor: Tensor) -> int:

@@ -172,7 +172,7 @@ class Replay:
         made = graph.ops
         found = self._first_mismatch(True, expected, made, error, path)
         if found is None:
-            return None
+            return self._unread_bias(graph) if expected is None else None
         lenient = self._first_mismatch(False, expected, made, error, path)
         # where both see the same op at fault, the strict one names the reshape before it
         if lenient is None or found.op is None or lenient.op is None:
@@ -206,6 +206,15 @@ class Replay:
             where = str((at if at is not None else compact[n]).meta["path"])
             return Mismatch(index, where, at, f"{len(dense)} ops", f"{len(compact)} ops")
         return None
+
+    def _unread_bias(self, graph: Graph) -> Mismatch | None:
+        """A new bias in a module whose forward, its author's own, takes no notice of one."""
+        read = {str(node.target) for node in graph.fx.find_nodes(op="get_attr")}
+        paths = sorted(name.rpartition(".")[0] for name in self._new_biases - read)
+        path = next((p for p in paths if not self.inside_replaced(p)), None)
+        if path is None:
+            return None
+        return Mismatch(len(self.ops), path, self.ops_of(path)[0], "a bias", "a forward that reads none")
 
     def _input_shape(self, node: fx.Node) -> tuple[int, ...] | None:
         source = node.all_input_nodes[0] if node.all_input_nodes else None

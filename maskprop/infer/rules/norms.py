@@ -312,12 +312,13 @@ def _open_mask(node: torch.fx.Node) -> bool:
         if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload):
             return None
         inputs: list[Tensor] = []
-        for source in n.all_input_nodes:
+        op = Op(n)
+        for source in op.inputs:
             found = value(source)
             if found is None:
                 return None
             inputs.append(found)
-        result = Op(n).run(*inputs)
+        result = op.run(*inputs)
         return result if isinstance(result, Tensor) else None
 
     if any(i.op == "placeholder" and len(i.meta["tensor"].shape) > 3 for i in node.all_input_nodes):

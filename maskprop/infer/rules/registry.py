@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from maskprop.errors import RuleError
+from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Coupling, Labels
 from maskprop.infer.facts import Fact, any_over, as_double
 from maskprop.infer.op import Op
@@ -105,7 +106,7 @@ def registered() -> frozenset[OpOverload]:
 def find_rule(target: OpOverload) -> Rule | None:
     """The rule of an overload, by itself or by its pointwise tag; ``None`` if there is none."""
     rule = _RULES.get(target)
-    if rule is None and torch.Tag.pointwise in target.tags:
+    if rule is None and torch.Tag.pointwise in target.tags and len(target._schema.returns) == 1:
         from maskprop.infer.rules.pointwise import POINTWISE
 
         return POINTWISE
@@ -119,7 +120,8 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
 
     def results() -> tuple[Tensor, ...]:
         if not cache:
-            values = [f.value().expand(shape).contiguous() for f, shape in zip(facts, op.shapes, strict=True)]
+            pairs = zip(facts, op.inputs, strict=True)
+            values = [_typed(f.value(), n).expand(shape_of(n)).contiguous() for f, n in pairs]
             out = op.run(*values)
             cache.append(tuple(out) if op.several else (out,))
         return cache[0]
@@ -130,6 +132,14 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     else:
         found = tuple(Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results())
     return found if op.several else found[0]
+
+
+def _typed(value: Tensor, node: fx.Node) -> Tensor:
+    """Zeros stand for every dtype, but ops tell whole, complex and other numbers apart."""
+    dtype = node.meta["tensor"].dtype
+    if dtype.is_floating_point or not value.is_floating_point():
+        return value
+    return value.to(torch.complex128 if dtype.is_complex else dtype)
 
 
 def some_needed(needed: Tensor) -> Tensor:
