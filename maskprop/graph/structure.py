@@ -38,7 +38,8 @@ def map_tensors(value: Any, fn: Callable[[Any], Any], kind: type = Tensor) -> An
             rebuilt[key] = map_tensors(child, fn, kind)
         return rebuilt
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)._make(map_tensors(v, fn, kind) for v in value)  # past checks that a constructor may do
+        named: Any = type(value)
+        return named._make(map_tensors(v, fn, kind) for v in value)  # past checks that a constructor may do
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(v, fn, kind) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
