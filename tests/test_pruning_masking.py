@@ -16,20 +16,23 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from maskprop import ModelSpeedup
-from maskprop.errors import MaskingError, MaskShapeError
+from maskprop.errors import GroupError, MaskingError, MaskShapeError
 from maskprop.pruning import (
     ADMMPruner,
     AGPPruner,
     L1NormPruner,
+    LevelPruner,
     LinearPruner,
     LotteryTicketPruner,
     MovementPruner,
     Pruner,
     Schedule,
+    TaylorPruner,
     applied_masks,
     apply_masks,
     masked_state_dict,
     plain_state_dict,
+    prunable_groups,
     remove_masks,
 )
 
@@ -128,6 +131,121 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(other.eval()(X), model(X))
 
 
+# What changes masks while a model trains: made on the plain model, and driven by one call a step.
+DRIVERS: dict[str, Callable[[nn.Module], Schedule | Pruner]] = {
+    "linear": lambda m: LinearPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "agp": lambda m: AGPPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "lottery": lambda m: LotteryTicketPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
+    "admm": lambda m: ADMMPruner(m, 0.5, dummy_input=X, rho=0.1),
+    "movement": lambda m: MovementPruner(m, 0.5, dummy_input=X, cooldown_begin_step=2),
+    "taylor": lambda m: LinearPruner(TaylorPruner(m, 0.5, dummy_input=X, data=own_data(), loss=loss), total_times=2),
+}
+
+
+def own_data() -> list[tuple[Tensor, Tensor]]:
+    """Of several processes each scores by its own images."""
+    rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3) if dist.is_initialized() else slice(None)
+    return [(X[rows], Y[rows])]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("name", [*DRIVERS, "level"])
+def test_resumed_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """In a new process, from other weights: the same masks and weights as without a break."""
+    make = DRIVERS.get(name, lambda m: LinearPruner(LevelPruner(m, 0.5), total_times=2))
+
+    def step(model: nn.Module, driver: Schedule | Pruner, count: int) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for _ in range(count):
+            optimizer.zero_grad()
+            penalty = driver.penalty() if isinstance(driver, ADMMPruner) else 0
+            (F.cross_entropy(model(X), Y) + penalty).backward()
+            if isinstance(driver, MovementPruner):
+                driver.step()
+            optimizer.step()
+            if not isinstance(driver, MovementPruner):
+                driver.step()
+
+    model = network()
+    driver = make(model)
+    step(model, driver, 1)
+    torch.save({"model": model.state_dict(), "driver": driver.state_dict()}, tmp_path / "checkpoint.pt")
+    step(model, driver, 2)
+    other = network()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+    again = make(other)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    other.load_state_dict(state["model"])
+    again.load_state_dict(state["driver"])
+    step(other, again, 2)
+    for (key, value), now in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, now), key
+    masks, now_masks = driver.compress()[1], again.compress()[1]
+    assert all(torch.equal(m, now_masks[path][key]) for path, own in masks.items() for key, m in own.items())
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def test_tied_weights_stay_tied() -> None:
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.arange(6).reshape(2, 3)
+    pruner = L1NormPruner(model, 0.5, dummy_input=tokens)
+    pruner.compress()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    for share in (0.25, 0.5):
+        apply_masks(model, pruner.update(share * 2))
+        model(tokens).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(model.head.weight, model.embedding.weight)
+        assert int((model.head.weight == 0).all(0).sum()) == 8 * share
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert model.head.weight is model.embedding.weight
+    ModelSpeedup(model, tokens, masks).speedup_model()
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight.shape == (20, 4)
+
+
+def test_frozen_parameters_are_scored_and_stay_frozen() -> None:
+    model = network()
+    for parameter in [*model[0].parameters(), *model[1].parameters()]:
+        parameter.requires_grad_(False)
+    kept = TaylorPruner(model, 0.5, dummy_input=X, data=[(X, Y)], loss=loss).prune()
+    twin = TaylorPruner(network(), 0.5, dummy_input=X, data=[(X, Y)], loss=loss).prune()
+    assert all(torch.equal(gone, twin.parts[name]) for name, gone in kept.parts.items())
+    apply_masks(model, kept.masks)
+    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 4
+
+
+def test_a_model_that_changed_is_refused() -> None:
+    model = network().eval()
+    pruner = L1NormPruner(model, 0.5, dummy_input=X)
+    _, masks = pruner.compress()
+    with pytest.raises(MaskingError, match=r"'0\.weight' has a mask on"):
+        L1NormPruner(model, 0.5, dummy_input=X)
+    with pytest.raises(MaskingError, match=r"'0\.weight' has a mask on"):
+        prunable_groups(model, X)
+    pruner.unwrap_model()
+    ModelSpeedup(model, X, masks).speedup_model()
+    with pytest.raises(GroupError, match=r"which is \(4, 3, 3, 3\) now: the model was changed. Make a new pruner"):
+        pruner.compress()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_copies_are_independent(first: int) -> None:
     """A moving average is a deep copy: each keeps its masks when they are taken off the other."""
@@ -146,16 +264,6 @@ def test_copies_are_independent(first: int) -> None:
     for twin in twins:
         assert type(twin[0]) is nn.Conv2d
         copy.deepcopy(twin)(X)
-
-
-# What changes masks while a model trains: made on the plain model, and driven by one call a step.
-DRIVERS: dict[str, Callable[[nn.Module], Schedule | Pruner]] = {
-    "linear": lambda m: LinearPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
-    "agp": lambda m: AGPPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
-    "lottery": lambda m: LotteryTicketPruner(L1NormPruner(m, 0.5, dummy_input=X), total_times=2),
-    "admm": lambda m: ADMMPruner(m, 0.5, dummy_input=X, rho=0.1),
-    "movement": lambda m: MovementPruner(m, 0.5, dummy_input=X, cooldown_begin_step=2),
-}
 
 
 def drive(

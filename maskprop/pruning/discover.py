@@ -22,6 +22,7 @@ from maskprop.graph.graph import is_op
 from maskprop.graph.trace import Tracer, split_inputs
 from maskprop.infer.op import Op
 from maskprop.pruning.groups import Group, Groups, Member
+from maskprop.pruning.masking import refuse_masks
 from maskprop.pruning.structure import Structure, consumed_axes
 
 Prints = NDArray[np.uint64]
@@ -41,7 +42,9 @@ def prunable_groups(model: nn.Module, dummy_input: Any, *, tracer: str | Tracer 
     Raises:
         DummyInputError: ``forward`` fails on the input.
         TraceError: the model cannot be traced.
+        MaskingError: there are masks on it.
     """
+    refuse_masks(model)
     inputs = split_inputs(dummy_input)
     structure = Structure(model, inputs, tracer)
     return Groups(model, _Discovery(structure).groups(), structure, inputs)

@@ -280,6 +280,23 @@ class Groups(Sequence[Group]):
             structure.graph if _shapes(inputs) == known else trace(model, inputs, structure.tracer)
         )
 
+    def check(self) -> None:
+        """Whether the model still has the parameters that the groups are made of.
+
+        Raises:
+            GroupError: one is gone, or has another size: the model was sped up meanwhile, say.
+        """
+        weights = named_weights(self.model)
+        for group in self:
+            for m in group.members:
+                size = m.units.shape[m.axis]
+                if m.name not in weights or weights[m.name].shape[m.axis] != size:
+                    found = f"is {tuple(weights[m.name].shape)} now" if m.name in weights else "is gone"
+                    raise GroupError(
+                        f"group '{group.name}' takes {size} units of axis {m.axis} of '{m.name}', which {found}: the "
+                        "model was changed. Make a new pruner, or find the groups again."
+                    )
+
     def to_dict(self, indices: bool = True) -> dict[str, Any]:
         """Plain data of all groups."""
         return {"groups": [g.to_dict(indices) for g in self]}
@@ -327,6 +344,14 @@ class Groups(Sequence[Group]):
         from maskprop.pruning.picture import draw_groups
 
         draw_groups(self, Path(path))
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their plain names, whether masks are applied to them or not."""
+    return {
+        name.replace("parametrizations.", "").removesuffix(".original"): p
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _shapes(inputs: Inputs) -> list[tuple[str, tuple[int, ...]]]:

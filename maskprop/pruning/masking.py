@@ -67,15 +67,20 @@ def apply_masks(model: nn.Module, masks: MasksLike) -> None:
                 f"'{name}' is computed already (by a parametrization or a hook), so a mask cannot be put "
                 "on it. Make it plain first."
             )
+    named: set[Mask] = set()
     for name, mask in found.items():
         module, key = owner_of(model, name)
         if name in before:
             _set_mask(module, key, mask)
         else:
-            parametrize.register_parametrization(module, key, Mask(mask.clone()))
-    for name in before.keys() - found.keys():
+            holder = Mask(mask.clone())
+            for owner, own in _holders(model, module._parameters[key]):
+                parametrize.register_parametrization(owner, own, holder)
+        named.add(_mask_of(module, key))
+    for name in before:
         module, key = owner_of(model, name)
-        _set_mask(module, key, torch.ones_like(before[name]))
+        if _mask_of(module, key) not in named:
+            _set_mask(module, key, torch.ones_like(before[name]))
 
 
 def applied_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -163,6 +168,24 @@ def make_plain(module: nn.Module, key: str) -> None:
     own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, own)
     parametrize.remove_parametrizations(module, key, leave_parametrized=False)
+
+
+def refuse_masks(model: nn.Module) -> None:
+    """Raise if masks are on a model.
+
+    Raises:
+        MaskingError: they are.
+    """
+    for name in applied_masks(model):
+        raise MaskingError(
+            f"'{name}' has a mask on, so that the model's parameters are not where they were. Take the masks off with "
+            "unwrap_model() or remove_masks(model) first; to prune more while they are on, use a schedule."
+        )
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter | None) -> list[tuple[nn.Module, str]]:
+    """All places of a parameter: tied weights have several."""
+    return [(m, key) for m in model.modules() for key, own in m._parameters.items() if own is parameter]
 
 
 def _load(model: nn.Module, masks: MasksLike) -> dict[str, Tensor]:

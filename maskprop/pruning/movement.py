@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from torch.nn.utils import parametrize
 
 from maskprop.errors import OptionError, ScoreError
 from maskprop.pruning.config import Config
-from maskprop.pruning.groups import Group, Member
+from maskprop.pruning.groups import Group, Member, named_weights
 from maskprop.pruning.masking import Mask, make_plain, refuse_wrappers
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import hidden_elements
-from maskprop.pruning.statistics import named_weights
 from maskprop.rewrite.edits import owner_of
 
 
@@ -117,6 +117,15 @@ class MovementPruner(Pruner):
                 "model trains, then compress()."
             )
         return self._sums[group.name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps and what the scores have added up to. What is hidden is in the model's ``state_dict``."""
+        return {**super().state_dict(), "steps": self._steps, "sums": {n: s.clone() for n, s in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Pruner.load_state_dict`."""
+        super().load_state_dict(state)
+        self._steps, self._sums = int(state["steps"]), {n: s.clone() for n, s in state["sums"].items()}
 
     def attach(self) -> None:
         """A schedule around this pruner hides units itself."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from maskprop.errors import OptionError
@@ -16,7 +17,7 @@ from maskprop.pruning.config import Config, Rule, Selection, select
 from maskprop.pruning.discover import prunable_groups
 from maskprop.pruning.groups import Group, Groups
 from maskprop.pruning.local import local_groups
-from maskprop.pruning.masking import applied_masks, apply_masks, remove_masks
+from maskprop.pruning.masking import applied_masks, apply_masks, refuse_masks, remove_masks
 from maskprop.pruning.removal import NestedMasks, Removal, forecast, remove
 from maskprop.pruning.scores import Score, ScoreFunction, checked
 from maskprop.pruning.statistics import Loss, Statistics, collect
@@ -52,6 +53,7 @@ class Pruner:
     Raises:
         SelectorError: the configuration names what does not exist.
         RatioError: a ratio is outside [0, 1).
+        MaskingError: there are masks on the model.
     """
 
     default_score: type[Score] | None = None
@@ -76,6 +78,7 @@ class Pruner:
         min_units: int = 1,
         budget: Budget | None = None,
     ) -> None:
+        refuse_masks(model)
         self.model = model
         self.budget = budget
         self.limits = Limits(channel_multiple, min_units)
@@ -105,6 +108,7 @@ class Pruner:
         found = ((g, self.selection.rule_of(g)) for g in groups)
         self.plan: dict[str, tuple[Group, Rule]] = {g.name: (g, rule) for g, rule in found if rule is not None}
         self.removal: Removal | None = None
+        self.together = False  # a schedule is called in every process; each may have seen data of its own
 
     # -- what a pruner of one's own overrides ---------------------------------------------------
 
@@ -166,8 +170,10 @@ class Pruner:
 
         Raises:
             RatioError: the budget is out of reach.
-            GroupError: there is a budget and no dummy input.
+            GroupError: there is a budget and no dummy input, or the model is not the one any more whose groups were
+                found.
         """
+        self.groups.check()
         if not self.plan:
             log.warning(
                 "%s prunes nothing: no group is made by the modules that the configuration names. Outputs are never "
@@ -177,6 +183,8 @@ class Pruner:
         self.calibrate()
         before = self.removal.parts if self.removal is not None else {}
         scores = {name: checked(self.score, group) for name, (group, _) in self.plan.items()}
+        if self.together and dist.is_available() and dist.is_initialized():
+            scores = {name: _mean_over_processes(score, self.model) for name, score in scores.items()}
         for name, gone in before.items():
             scores[name] = scores[name].masked_fill(gone, -torch.inf)
         self.removal = remove(self.groups, self._choose(scores, scale))
@@ -224,6 +232,14 @@ class Pruner:
         }
         apply_masks(self.model, ones | applied_masks(self.model))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was chosen, to go on later; the masks themselves are in the model's ``state_dict``."""
+        return {"parts": {} if self.removal is None else self.removal.parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with a pruner that was made alike."""
+        self.removal = remove(self.groups, state["parts"]) if state["parts"] else None
+
     def get_masks(self) -> NestedMasks:
         """NNI's name for :attr:`masks`."""
         return self.masks
@@ -238,6 +254,14 @@ class Pruner:
         for name, share in shares.items():
             log.info("%s: %.1f%% pruned", name, 100 * share)
         return shares
+
+
+def _mean_over_processes(score: Tensor, model: nn.Module) -> Tensor:
+    """What all processes of ``torch.distributed`` choose by."""
+    device = next((p.device for p in model.parameters()), score.device)
+    total = score.to(device)  # backends sum where the model is
+    dist.all_reduce(total)
+    return total.cpu() / dist.get_world_size()
 
 
 def _mask_shape(plan: Mapping[str, tuple[Group, Rule]], name: str) -> tuple[int, ...]:

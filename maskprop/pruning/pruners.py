@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,10 @@ from maskprop.errors import OptionError, RatioError
 from maskprop.pruning import scores
 from maskprop.pruning.choose import choose
 from maskprop.pruning.config import Config
-from maskprop.pruning.groups import Group
+from maskprop.pruning.groups import Group, named_weights
 from maskprop.pruning.masking import apply_masks
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import NestedMasks, remove
-from maskprop.pruning.statistics import named_weights
 from maskprop.rewrite.edits import tensor_of
 
 
@@ -269,3 +269,12 @@ class ADMMPruner(Pruner):
             for name, (group, _) in self.plan.items()
         }
         return remove(self.groups, choose(self.plan, found, self.limits)).masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """The dual variables and what the weights are drawn to."""
+        return {**super().state_dict(), "dual": self._dual, "target": self._target}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Pruner.load_state_dict`."""
+        super().load_state_dict(state)
+        self._dual, self._target = dict(state["dual"]), dict(state["target"])

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from maskprop.errors import OptionError
+from maskprop.pruning.groups import named_weights
 from maskprop.pruning.masking import apply_masks
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import NestedMasks
-from maskprop.pruning.statistics import named_weights
 
 
 class Schedule:
     """Raises a pruner's ratios step by step; what was pruned stays pruned.
 
-    Make it on the plain model, before ``DistributedDataParallel`` or ``torch.compile``: it puts masks of
-    ones on all
-    that may be pruned, and every later change only writes to them. Then call :meth:`step` after each
-    optimiser step.
+    Make it on the plain model, before ``DistributedDataParallel`` or ``torch.compile``: it puts masks of ones on all
+    that may be pruned, and every later change only writes to them. Then call :meth:`step` after each optimiser step,
+    in every process: scores are averaged over the processes of ``torch.distributed``.
 
     Args:
         pruner: decides what goes.
@@ -50,6 +50,7 @@ class Schedule:
         self.evaluator = evaluator if evaluator is not None else pruner.evaluator
         self.interval_steps, self.total_times, self.warmup_steps = interval_steps, total_times, warmup_steps
         self.steps = self.times = 0
+        pruner.together = True
         pruner.attach()
 
     def share(self, progress: float) -> float:
@@ -112,16 +113,13 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, to go on later; the masks themselves are in the model's ``state_dict``."""
-        parts = {} if self.pruner.removal is None else self.pruner.removal.parts
-        return {"steps": self.steps, "times": self.times, "parts": parts}
+        return {"steps": self.steps, "times": self.times, "pruner": self.pruner.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        from maskprop.pruning.removal import remove
-
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with a schedule that was made alike."""
         self.steps, self.times = int(state["steps"]), int(state["times"])
-        if state["parts"]:
-            self.pruner.removal = remove(self.pruner.groups, state["parts"])
+        self.pruner.load_state_dict(state["pruner"])
+        if self.pruner.removal is not None:
             apply_masks(self.model, self.pruner.removal.masks)
 
 
@@ -179,3 +177,12 @@ class LotteryTicketPruner(Schedule):
                 parameter.copy_(self._first[name])
             for name, value in self._buffers.items():
                 buffers[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the base; with the first weights, which a model made anew need not have."""
+        return {**super().state_dict(), "first": self._first, "buffers": self._buffers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See the base."""
+        super().load_state_dict(state)
+        self._first, self._buffers = dict(state["first"]), dict(state["buffers"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maskprop.errors import ScoreError
 from maskprop.graph.trace import frozen_state
-from maskprop.pruning.groups import Group
+from maskprop.pruning.groups import Group, named_weights
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _GRADIENTS = frozenset({"taylor", "squared_gradient", "hessian"})
@@ -134,6 +134,8 @@ def collecting(
         stack.enter_context(torch.set_grad_enabled(bool(needs & _GRADIENTS)))
         if "hessian" in needs:  # fused attention has no second derivative
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        if needs & _GRADIENTS:
+            stack.enter_context(_thawed(model, groups))
         stack.callback(model.register_forward_pre_hook(prepare).remove)
         stack.enter_context(_hooks(model, groups, needs & _ACTIVATIONS, seen, activation))
         yield found, observe
@@ -194,12 +196,18 @@ def _gradients(
                 found.add("hessian", name, sign * product)
 
 
-def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their plain names, whether masks are applied to them or not."""
-    return {
-        name.replace("parametrizations.", "").removesuffix(".original"): p
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
+@contextmanager
+def _thawed(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    """Frozen parameters are scored as others are."""
+    wanted = {m.name for g in groups for m in g.members if not m.consumes}
+    frozen = [p for name, p in named_weights(model).items() if name in wanted and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
