@@ -42,7 +42,15 @@ from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
 from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
-from maskprop.rewrite.verify import Reference, another_batch, first_difference, fresh_inputs, run_model, run_read
+from maskprop.rewrite.verify import (
+    Reference,
+    another_batch,
+    first_difference,
+    fresh_inputs,
+    masked_runner,
+    run_model,
+    run_read,
+)
 from maskprop.wrappers import find_wrapper
 
 log = logging.getLogger(__name__)
@@ -165,7 +173,7 @@ class ModelSpeedup:
             NonFiniteError: a masked parameter holds nan or infinity.
         """
         with self._stage("trace"):
-            self.graph = trace(self.model, self.inputs, self.tracer)
+            self.graph = trace(self.model, self.inputs, self.tracer, self.masks.parameters)
             self.graph.read = self.read
             insert_activation_masks(self.graph, self.model, self.masks.activations)
         masks = {self.graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
@@ -292,7 +300,7 @@ class ModelSpeedup:
     def _reference(self) -> Reference:
         with self._stage("verify"):
             try:
-                reference = Reference(self.graph, masked_values(self.graph, self.inference.masks), [self.inputs])
+                reference = Reference(self.graph, self._masked(self.graph), [self.inputs])
             except MaskpropError:
                 raise
             except Exception as error:
@@ -357,9 +365,9 @@ class ModelSpeedup:
         inputs = another_batch(self.inputs, self.batch_dim)
         with self._stage("verify"), edits.suspended():
             try:
-                graph = trace(self.model, inputs, self.tracer)
+                graph = trace(self.model, inputs, self.tracer, self.masks.parameters)
                 batch = fresh_inputs(inputs, self.generator)
-                return Reference(graph, masked_values(graph, self.inference.masks), [batch])
+                return Reference(graph, self._masked(graph), [batch])
             except Exception as error:  # whatever a model raises for inputs that it is not made for
                 log.info("the model does not run at another batch size: %s: %s", type(error).__name__, error)
                 return None
@@ -389,6 +397,11 @@ class ModelSpeedup:
             "Please report it with the model; leave out the masks of that module, or pass verify=False if "
             "you know better."
         )
+
+    def _masked(self, graph: Graph) -> Callable[[Inputs], list[Tensor]]:
+        """Runs the masked model; as a model where the graph holds the branches of one input only."""
+        branches = graph.concrete and not self.masks.activations
+        return masked_runner(graph, self.inference.masks, self.model if branches else None)
 
     def _runner(self, plan: Plan) -> Callable[[Inputs], list[tuple[str, Tensor]]]:
         """Runs the compact model: on its own tensors, or on what the plan makes of those that are read."""

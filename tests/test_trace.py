@@ -139,6 +139,20 @@ def test_a_number_of_the_models_own_is_read_without_the_input() -> None:
     assert shrunk(net) == HIDDEN
 
 
+def test_a_branch_is_that_of_the_masked_model() -> None:
+    def body(net: Net, x: Tensor) -> Tensor:
+        h = net.fc1(x).relu()
+        return net.fc2(h.tanh() if h.sum() < 20 else h.sigmoid() - 0.5)
+
+    net = Net(body)
+    with torch.no_grad():
+        net.fc1.bias[:2] = 10  # which the masks take away
+    assert "sigmoid.default" in {n.target.__name__ for n in traced(net).ops}
+    speedup = sped_up(net)
+    assert "tanh.default" in {n.target.__name__ for n in speedup.graph.ops}
+    assert shrunk(net) == HIDDEN
+
+
 def test_only_the_branch_taken_is_recorded() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         return net.fc2(net.fc1(x).relu() if x.mean() > 0 else net.fc1(x).tanh())

@@ -49,7 +49,9 @@ def split_inputs(dummy_input: Any) -> Inputs:
     )
 
 
-def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Graph:
+def trace(
+    model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto", masks: Mapping[str, Tensor] | None = None
+) -> Graph:
     """Record one forward pass in evaluation mode.
 
     Args:
@@ -57,6 +59,7 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
         inputs: positional and keyword arguments.
         tracer: ``"fake"``, ``"concrete"``, ``"meta"``, a function of ``(model, inputs)``, or ``"auto"``: fake
             tensors first, the real input where a value or a data-dependent shape is read.
+        masks: by the names of the model's tensors. The real input then takes the branches of the masked model.
 
     Raises:
         DummyInputError: ``forward`` fails on the input.
@@ -93,7 +96,10 @@ def trace(model: nn.Module, inputs: Inputs, tracer: str | Tracer = "auto") -> Gr
     if tracer == "meta":
         inputs = map_tensors(inputs, lambda t: t.to("meta"))
     try:
-        return _checked(_trace(model, inputs, concrete=tracer == "concrete"))
+        if tracer == "concrete":
+            with masked_tensors(model, masks or {}):
+                return _checked(_trace(model, inputs, concrete=True))
+        return _checked(_trace(model, inputs, concrete=False))
     except MaskpropError:
         raise
     except Exception as error:
@@ -152,6 +158,22 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
 def _checked(graph: Graph) -> Graph:
     graph.check()
     return graph
+
+
+@contextmanager
+def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model's tensors hold their masked values inside; autograd does not see it."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, mask in masks.items():
+            path, _, key = name.rpartition(".")
+            tensor = getattr(model.get_submodule(path), key)
+            before.append((tensor, tensor.data))
+            tensor.data = tensor.data * mask.to(tensor)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 @contextmanager

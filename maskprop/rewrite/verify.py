@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
 from maskprop.graph.structure import map_each_once, tensors_in
-from maskprop.graph.trace import Inputs, frozen_state, not_compiled, trace
+from maskprop.graph.trace import Inputs, frozen_state, masked_tensors, not_compiled, trace
 from maskprop.infer.facts import everywhere
-from maskprop.rewrite.reference import Values, outputs_of, run_graph
+from maskprop.rewrite.reference import Values, masked_values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -88,17 +88,32 @@ def run_read(model: nn.Module, read: Values, inputs: Inputs) -> list[tuple[str, 
     return list(zip(graph.output_paths, outputs, strict=True))
 
 
+def masked_runner(
+    graph: Graph, masks: Mapping[str, Tensor], model: nn.Module | None = None
+) -> Callable[[Inputs], list[Tensor]]:
+    """Gives the masked model's outputs: by its graph, which is pure; or by ``model``, its tensors masked meanwhile."""
+    if model is None:
+        values = masked_values(graph, masks)
+        return lambda batch: outputs_of(graph, values, [t for _, t in tensors_in(batch)])
+
+    def run(batch: Inputs) -> list[Tensor]:
+        with masked_tensors(model, masks):
+            return [tensor for _, tensor in run_model(model, batch)]
+
+    return run
+
+
 class Reference:
     """Outputs of the masked model, computed before anything changes.
 
     Args:
         graph: of the dense model.
-        values: its tensors with the masks applied.
+        run: gives the masked model's outputs for a batch.
         batches: inputs to compare on.
     """
 
-    def __init__(self, graph: Graph, values: Values, batches: Sequence[Inputs]) -> None:
-        self._graph, self._values = graph, values
+    def __init__(self, graph: Graph, run: Callable[[Inputs], list[Tensor]], batches: Sequence[Inputs]) -> None:
+        self._run = run
         self.batches: list[Inputs] = []
         self.outputs: list[list[Tensor]] = []
         self.paths = graph.output_paths
@@ -113,7 +128,7 @@ class Reference:
             NonFiniteError: an output of the masked model is nan, so that nothing can be compared.
             Exception: whatever the model raises for them.
         """
-        outputs = outputs_of(self._graph, self._values, [t for _, t in tensors_in(batch)])
+        outputs = self._run(batch)
         for path, output in zip(self.paths, outputs, strict=True):
             if output.is_floating_point() and bool(output.isnan().any()):
                 raise NonFiniteError(
