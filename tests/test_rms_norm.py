@@ -85,6 +85,20 @@ class Stream(nn.Module):
         return self.head(self.norms[2](x))
 
 
+class Heads(nn.Module):
+    """Four heads of four dims, each normalised with the weights of all."""
+
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3)
+        self.norm_q, self.norm_k = norm(), norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(0, 1) for f in (self.q, self.k, self.v))
+        y = (self.norm_q(q) @ self.norm_k(k).transpose(1, 2)).softmax(-1) @ v
+        return self.o(y.transpose(0, 1).flatten(1))
+
+
 def compacted(
     model: nn.Module, names: tuple[str, ...] = ("fc1.weight", "fc1.bias"), tolerance: float = 1e-5
 ) -> nn.Module:
@@ -116,6 +130,20 @@ def test_zeros_leave(norm: Callable[[], nn.Module]) -> None:
     model = compacted(Net(norm()))
     assert model.fc1.out_features == model.fc2.in_features == 10
     assert model.norm.weight.shape == (10,)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(4, eps=0.2), lambda: Written(4)], ids=["nn", "written"])
+def test_dims_of_heads_leave(norm: Callable[[], nn.Module]) -> None:
+    """A dim that is zero in every head; the first of the fourth head is zero in that one only."""
+    rows = torch.tensor([1.0, 0, 1, 1] * 4)
+    rows[12] = 0
+    model = randomise(Heads(norm).eval(), (torch.randn(4, 6),))
+    masks = {name: rows.reshape(-1, *[1] * name.count("w")) for name in ("q.weight", "q.bias", "k.weight", "k.bias")}
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(5, 6), masks).speedup_model()
+    assert model.q.out_features == model.k.out_features == 12
+    assert model.norm_q.weight.shape == model.norm_k.weight.shape == (3,)
+    assert error(model, reference, torch.randn(7, 6)) <= 1e-5
 
 
 def test_eps_follows_the_mean() -> None:

@@ -249,17 +249,21 @@ class Coupling:
                 return
         self.contractions.append(new)
 
-    def mean_of_squares(self, labels: Tensor | None, live: Tensor, place: ScalePlace | None) -> bool:
-        """Zeros (what is not ``live``) may leave a mean over ``labels`` if ``place`` makes up for their number.
+    def mean_of_squares(self, labels: Tensor | None, axis: int, live: Tensor, place: ScalePlace | None) -> bool:
+        """Zeros (what is not ``live``) may leave a mean over ``axis`` if ``place`` makes up for their number.
+
+        One weight serves all heads, whose units then leave together.
 
         Returns:
             Whether they may: the labels are pinned otherwise.
         """
         if labels is None:
             return False
-        if place is None or labels.numel() != max(labels.shape):
+        if place is None:
             self.pin(labels, "is averaged over")
             return False
+        labels = self.uniform(labels, [d for d in range(labels.ndim) if d != axis % labels.ndim])
+        assert labels is not None
         self.end(labels, live, "is averaged here")
         self.rescales.append(Rescale(labels.reshape(-1), place))
         return True
