@@ -125,7 +125,10 @@ def _read_once(node: fx.Node, c: Coupling) -> bool:
 
 
 def _shared_tables(inference: Inference) -> set[fx.Node]:
-    """Values that several modules read and that no activation went into: slopes, rotations, position biases."""
+    """Values that several modules read and that no activation went into: slopes, rotations, position biases.
+
+    What a layer that left puts out is one too.
+    """
     active: set[fx.Node] = set()
     found: set[fx.Node] = set()
     for node in inference.graph.fx.nodes:
@@ -133,8 +136,11 @@ def _shared_tables(inference: Inference) -> set[fx.Node]:
             if node.meta["tensor"].dtype.is_floating_point:
                 active.add(node)
             continue
+        if node in inference.left and inference.left[node] is None:
+            continue
         indexed = node.target is torch.ops.aten.embedding.default and not inference.facts.known[node.args[1]].total
-        if indexed or not active.isdisjoint(node.all_input_nodes):
+        made = node not in inference.left
+        if indexed or (made and not active.isdisjoint(node.all_input_nodes)):
             active.add(node)
         elif is_op(node) and any(user.meta.get("call", node.meta["call"]) != node.meta["call"] for user in node.users):
             found.add(node)

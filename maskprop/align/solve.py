@@ -88,6 +88,29 @@ class Solution:
         """Positions, in the flat order, whose labels stay."""
         return torch.from_numpy(np.flatnonzero(~self.leaves(labels)))
 
+    def best(self, labels: Tensor, count: NDArray[np.int64] | int, axis: int = -1) -> Bools:
+        """So many of the labels that leave, along an axis: the first, but last those that leave with an outer unit.
+
+        That unit would have to stay with them.
+        """
+        leaves, taken = self.leaves(labels), np.zeros(tuple(labels.shape), dtype=bool)
+        bound = self._bound[self.groups_of(labels)]
+        for some in (leaves & ~bound, leaves & bound):
+            left = count - taken.sum(axis, keepdims=True)
+            taken |= some & (np.cumsum(some, axis) <= left)
+        return taken
+
+    @property
+    def _bound(self) -> Bools:
+        """Groups that leave with an outer unit."""
+        row, outer, inner = self.triples.T
+        bound = np.zeros(len(self.may), dtype=bool)
+        while True:
+            before = bound.copy()
+            np.logical_or.at(bound, row, self.removed[outer] | bound[inner])
+            if np.array_equal(bound, before):
+                return bound
+
     def solve(self, restore: Mapping[str, Restore]) -> None:
         """Find the fixed point, restoring until every check in ``restore`` returns nothing.
 
@@ -153,8 +176,8 @@ def regularity(regulars: Sequence[Regular]) -> Restore:
                 continue
             most = np.where(others, kept, 0).max()
             short = np.where(others, most - kept, 0)
-            back = leaves & (np.cumsum(leaves, axis) <= short)
-            found.append(s.groups_of(own)[back])
+            if short.any():
+                found.append(s.groups_of(own)[s.best(own, short, axis)])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     return check
@@ -167,8 +190,8 @@ def never_empty(axes: Sequence[Tensor]) -> Restore:
         found = []
         for labels in axes:
             if s.leaves(labels).all():
-                groups = s.groups_of(labels).reshape(-1)
-                found.append(groups[:1])
+                flat = labels.reshape(-1)
+                found.append(s.groups_of(flat)[s.best(flat, 1)])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     return check
@@ -180,10 +203,10 @@ def multiples(axes: Sequence[tuple[Tensor, int]]) -> Restore:
     def check(s: Solution) -> Ints:
         found = []
         for labels, multiple in axes:
-            leaves = s.leaves(labels).reshape(-1)
-            lacking = -int((~leaves).sum()) % multiple
-            if lacking and leaves.any():
-                found.append(s.groups_of(labels).reshape(-1)[np.flatnonzero(leaves)[:lacking]])
+            flat = labels.reshape(-1)
+            lacking = -int((~s.leaves(flat)).sum()) % multiple
+            if lacking:
+                found.append(s.groups_of(flat)[s.best(flat, lacking)])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     return check

@@ -183,9 +183,9 @@ class _Generator:
         return value
 
     def _dense_ops(self, child: ModuleCall) -> list[fx.Node]:
-        """The ops that a child will make."""
+        """The ops that a child will make; none is compared of one that holds only replaced modules."""
         ops = list(itertools.takewhile(child.__contains__, self.dense[self.at :]))
-        if not ops:
+        if not ops and any(n in child for n in self.dense):
             raise _GiveUp(f"'{child.path}' stands elsewhere in the trace")
         return ops
 
