@@ -80,8 +80,8 @@ def model() -> nn.Module:
 
 def refused(model: nn.Module, error: type[BaseException], match: str | None, **options: Any) -> BaseException:
     """Run a speedup that must fail, and look at the model afterwards."""
-    before, rng = state_of(model), torch.get_rng_state()
     arguments = {"dummy_input": inputs("cnn"), "masks_file": masks("cnn"), **options}
+    before, rng = state_of(model), torch.get_rng_state()
     with pytest.raises(error, match=match) as caught:
         ModelSpeedup(model, **arguments).speedup_model()
     assert_untouched(model, before)

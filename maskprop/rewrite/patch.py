@@ -11,18 +11,13 @@ import ast
 import inspect
 import logging
 import math
-import os
-import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-import maskprop
-from maskprop.graph.record import Recorder
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import frozen_state, plain_kernels, quiet
 from maskprop.rewrite.arguments import number_arguments
@@ -30,17 +25,13 @@ from maskprop.rewrite.authored import (
     NoSource,
     Patch,
     Place,
-    definition_of,
     expression_at,
-    find,
-    identity,
     place_of,
-    plain_function,
     resolve,
-    span_of,
 )
 from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.frames import Frame, Frames, PlaceRecorder, has_author
 from maskprop.rewrite.generate import attention_scale
 from maskprop.rewrite.patched import patched_class
 from maskprop.rewrite.replay import Mismatch, Replay
@@ -61,7 +52,6 @@ _SIZED = {
 }  # fmt: skip
 # What reads a number and computes nothing.
 _PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.expr_context)
-_NOT_AUTHORS = tuple(os.path.dirname(m.__file__ or "") + os.sep for m in (torch, maskprop))
 
 
 def patch_forwards(edits: Edits, replay: Replay, calls: Mapping[str, Arguments]) -> list[str]:
@@ -76,25 +66,23 @@ def patch_forwards(edits: Edits, replay: Replay, calls: Mapping[str, Arguments])
         Paths of the modules whose forward was changed and follows the plan now.
     """
     done = []
+    found: dict[type, type] = {}  # what became of the last module of a class
     for path, arguments in calls.items():
-        if not _has_author(edits.model.get_submodule(path)):
+        module = edits.model.get_submodule(path)
+        kind = type(module)
+        if not has_author(module):
             continue
         mark = edits.mark()
         try:
-            if _Patcher(edits, path, replay, arguments).run():
+            if _Patcher(edits, path, replay, arguments).run(found.get(kind)):
                 done.append(path)
+                found[kind] = type(module)
             else:
                 edits.rollback(mark)
         except Exception as error:  # whatever the author's code raises: this module is left as it is
             log.info("no number could be changed in '%s': %s: %s", path, type(error).__name__, error)
             edits.rollback(mark)
     return done
-
-
-def _has_author(module: nn.Module) -> bool:
-    """Whether the forward is not torch's own."""
-    forward = plain_function(type(module).forward)
-    return forward is not None and not forward.__code__.co_filename.startswith(_NOT_AUTHORS)
 
 
 class _Patcher:
@@ -105,8 +93,11 @@ class _Patcher:
         self.module = edits.model.get_submodule(path)
         self.dense = replay.first_call(path)
 
-    def run(self) -> bool:
+    def run(self, like: type | None = None) -> bool:
         """Patch until the module follows the plan; whether anything was patched.
+
+        Args:
+            like: the patched class that another module of this class follows the plan with, tried before others.
 
         Raises:
             NoSource: an op differs whose expression cannot be changed.
@@ -120,10 +111,21 @@ class _Patcher:
             if mismatch.op is None or mismatch.path != self.path or mismatch.index < before:
                 raise NoSource(f"{mismatch} is not mended here")
             before = mismatch.index
+            if like is not None and count == 0 and self._follows(like):
+                return True
             patch = self._patch(mismatch, frames)
             log.debug("in '%s': %s", self.path, patch)
             self.edits.set_class(self.module, patched_class(type(self.module), (patch,)))
         raise NoSource(f"{MAX_PATCHES} changes did not make it follow")
+
+    def _follows(self, cls: type) -> bool:
+        """Make the module one of a class, if it then follows the plan."""
+        mark = self.edits.mark()
+        self.edits.set_class(self.module, cls)
+        if self._replay()[0] is None:
+            return True
+        self.edits.rollback(mark)
+        return False
 
     def _replay(self) -> tuple[Mismatch | None, Frames]:
         """Run the module alone and compare; where in the author's code the first mismatch arose.
@@ -132,12 +134,19 @@ class _Patcher:
         """
         error = None
         args, kwargs = _call_arguments(self.module, self.arguments.values(self.replay.alignment.expected_shape))
-        with frozen_state(self.edits.model), torch.no_grad(), plain_kernels(), quiet(), self.arguments.fake:
-            recorder = _PlaceRecorder(self.edits.model, self.module)
+        with (
+            frozen_state(self.edits.model),
+            torch.no_grad(),
+            plain_kernels(),
+            quiet(),
+            torch.random.fork_rng(devices=[]),
+            self.arguments.fake,
+        ):
+            recorder = PlaceRecorder(self.edits.model, self.module)
             for i, (_, tensor) in enumerate(tensors_in((args, kwargs))):
                 recorder.add_input(tensor, f"x{i}")
             try:
-                with recorder.module_paths(), recorder, torch.random.fork_rng(devices=[]):
+                with recorder.module_paths(), recorder:
                     self.module(*args, **kwargs)
             except Exception as raised:  # compared below
                 error = raised
@@ -256,51 +265,7 @@ class _Patcher:
         return isinstance(space.get(receiver.id), types.ModuleType) or not isinstance(call.func, ast.Attribute)
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """A call of an author's function: which instruction of which code it is at, with the variables of that moment."""
-
-    code: types.CodeType
-    instruction: int
-    frame: types.FrameType
-
-    def evaluate(self, sizes: Sequence[ast.expr]) -> list[int]:
-        """Sizes that stand in the code, as numbers."""
-        if any(isinstance(part, (ast.Yield, ast.Await, ast.NamedExpr)) for size in sizes for part in ast.walk(size)):
-            raise NoSource("its sizes cannot be evaluated twice")
-        expression = ast.fix_missing_locations(ast.Expression(ast.Tuple([*sizes], ast.Load())))
-        code = compile(expression, "<sizes>", "eval")
-        value = eval(code, self.frame.f_globals, self.frame.f_locals)
-        return list(value[0] if len(value) == 1 and isinstance(value[0], (tuple, list)) else value)
-
-    def operand(self, position: int) -> Any:
-        """The variable that is an operand of the arithmetic under way."""
-        expression = self._expression()
-        operands = [expression.left, expression.right] if isinstance(expression, ast.BinOp) else []
-        names = [operand.id if isinstance(operand, ast.Name) else "" for operand in operands]
-        if position >= len(names) or names[position] not in self.frame.f_locals:
-            raise NoSource("the operand is no variable")
-        return self.frame.f_locals[names[position]]
-
-    def argument(self, value: Any) -> int | str | None:
-        """Position or keyword of a variable among the arguments of the call under way."""
-        call = self._expression()
-        if not isinstance(call, ast.Call):
-            return None
-        for at, given in [*enumerate(call.args), *((k.arg, k.value) for k in call.keywords)]:
-            if isinstance(given, ast.Name) and at is not None and self.frame.f_locals.get(given.id) is value:
-                return at
-        return None
-
-    def _expression(self) -> ast.AST:
-        function = types.FunctionType(self.code, self.frame.f_globals, closure=_cells(self.code))
-        return find(definition_of(function), span_of(function, (self.code, self.instruction)))
-
-
-Frames = list[_Frame]
-
-
-def _argument(call: ast.Call, frame: _Frame, number: float) -> int | str:
+def _argument(call: ast.Call, frame: Frame, number: float) -> int | str:
     """The one argument of a call that is a number: its position, or its name.
 
     Raises:
@@ -313,61 +278,6 @@ def _argument(call: ast.Call, frame: _Frame, number: float) -> int | str:
     if len(found) != 1:
         raise NoSource(f"{len(found)} arguments of '{ast.unparse(call)}' are {number}")
     return found[0]
-
-
-def _cells(code: types.CodeType) -> tuple[types.CellType, ...]:
-    return tuple(types.CellType() for _ in code.co_freevars)
-
-
-class _PlaceRecorder(Recorder):
-    """A recorder that notes where in the author's code each op was called."""
-
-    def __init__(self, model: nn.Module, module: nn.Module) -> None:
-        super().__init__(model, concrete=False)
-        forward = plain_function(type(module).forward)
-        if forward is None:
-            raise NoSource("its forward is no function")
-        self._forward = identity(forward.__code__)
-        self.frames: dict[fx.Node, Frames] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        last = next(iter(reversed(self.graph.fx.nodes)), None)
-        result = super().__torch_dispatch__(op, types, args, kwargs)
-        frames: Frames | None = None
-        for node in reversed(self.graph.fx.nodes):
-            if node is last:
-                break
-            frames = self._running() if frames is None else frames
-            self.frames[node] = frames
-        return result
-
-    def _running(self) -> Frames:
-        """The author's calls that are under way."""
-        found = []
-        frame: types.FrameType | None = sys._getframe(2)
-        while frame is not None:
-            found.append(_Frame(frame.f_code, frame.f_lasti, frame))
-            frame = None if identity(frame.f_code) == self._forward else frame.f_back
-        return self._authors(found)
-
-    def raised_at(self, error: Exception) -> Frames:
-        """The author's calls that an exception came out of."""
-        found = []
-        step = error.__traceback__
-        while step is not None:
-            found.append(_Frame(step.tb_frame.f_code, step.tb_lasti, step.tb_frame))
-            step = step.tb_next
-        return self._authors(found[::-1])
-
-    def _authors(self, frames: Frames) -> Frames:
-        """From the innermost call that is the author's to the module's forward; empty if that is not running."""
-        found: Frames = []
-        for frame in frames:
-            if found or not frame.code.co_filename.startswith(_NOT_AUTHORS):
-                found.append(frame)
-            if identity(frame.code) == self._forward:
-                return found
-        return []
 
 
 def _sizes_of(op: fx.Node) -> list[int]:
