@@ -125,6 +125,23 @@ def test_threshold() -> None:
         kept([entry | {"sparse_threshold": 99}], score=index_score({}))
 
 
+def test_modules_are_names_too_and_cover_what_is_inside() -> None:
+    """As Torch-Pruning's ``ignored_layers`` and ``pruning_ratio_dict``."""
+    model = Net()
+
+    def by(config: Any, **options: Any) -> dict[str, int]:
+        return L1NormPruner(model, config, dummy_input=X, **options).prune().kept
+
+    assert (
+        by(0.5, ignore=[model.layer1, model.fc1])
+        == by(0.5, ignore=["layer1", "fc1"])
+        == by(0.5, ignore=["layer1.*", "fc1"])
+    )
+    assert "layer1.0" in by(0.5)
+    assert "layer1.0" not in by(0.5, ignore=model.layer1)
+    assert by({model.layer1: 0.5}) == by({"layer1": 0.5}) == {"layer1.0": by(0.5)["layer1.0"]}
+
+
 def test_outputs_are_never_pruned() -> None:
     made = L1NormPruner(Net(), 0.5, dummy_input=X)
     _, masks = made.compress()
@@ -173,7 +190,20 @@ def test_outputs_are_never_pruned() -> None:
             "ranking is 'best'; expected 'local', 'global' or 'isomorphic'",
         ),
         (0.5, {"granularity": "row"}, SelectorError, "granularity 'row' is unknown"),
-        (0.5, {"channel_multiple": 0}, OptionError, "channel_multiple is 0; give at least 1"),
+        (0.5, {"channel_multiple": 0}, OptionError, "channel_multiple is 0; give a whole number of at least 1"),
+        (0.5, {"channel_multiple": 2.5}, OptionError, "channel_multiple is 2.5; give a whole number"),
+        (None, {}, SelectorError, "the configuration is a NoneType; expected a ratio"),
+        ("0.5", {}, SelectorError, "the configuration is a str; expected a ratio"),
+        ({"op_types": ["Conv2d"], "sparse_ratio": 0.5}, {}, SelectorError, "'op_types' is a key of NNI's entries"),
+        ([{"op_types": "Conv2d", "sparse_ratio": 0.5}], {}, SelectorError, r"op_types is the text 'Conv2d'; write"),
+        ([{"op_names_re": ["conv("], "sparse_ratio": 0.5}], {}, SelectorError, r"'conv\(' .* is no regular expression"),
+        (
+            [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "max_sparse_ratio": 0.2, "min_sparse_ratio": 0.3}],
+            {},
+            RatioError,
+            r"max_sparse_ratio is 0.2; it must be at most 1, and at least min_sparse_ratio \(0.3\)",
+        ),
+        (0.5, {"ignore": [nn.ReLU()]}, SelectorError, "a ReLU is named that is no part of the model"),
     ],
 )
 def test_errors(config: Any, options: dict[str, Any], error: type[MaskpropError], message: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from maskprop import ModelSpeedup
 from maskprop import pruning as mp
-from maskprop.errors import MaskpropError, OptionError, ScoreError
+from maskprop.errors import MaskpropError, OptionError, ScoreError, SelectorError
 from maskprop.pruning import nni2
 from tests.test_pruning_pruners import DATA, X, loss, network
 
@@ -212,9 +212,11 @@ def test_what_is_seen_while_evaluating_does_not_count() -> None:
 
 def test_a_pruner_that_finds_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        _, masks = mp.SlimPruner(network(), CONVOLUTIONS).compress()
+        _, masks = mp.L1NormPruner(network(), {"7": 0.5}, dummy_input=X).compress()
     assert not masks
-    assert "SlimPruner prunes nothing" in caplog.text
+    assert "L1NormPruner prunes nothing" in caplog.text
+    with pytest.raises(SelectorError, match=r"and none of the 2 groups that .* Give dummy_input"):
+        mp.SlimPruner(network(), CONVOLUTIONS)
 
 
 # -- version 2 ----------------------------------------------------------------------------------

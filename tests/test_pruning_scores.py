@@ -259,6 +259,8 @@ def test_errors() -> None:
         collect(model, groups, frozenset({"taylor"}), DATA)
     with pytest.raises(ScoreError, match=r"the loss returned shape \(3, 3\); a scalar tensor is expected"):
         collect(model, groups, frozenset({"taylor"}), DATA, lambda m, b: m(b[0]))
+    with pytest.raises(ScoreError, match="the loss does not depend on any parameter"):
+        collect(model, groups, frozenset({"taylor"}), DATA, lambda m, b: m(b[0]).detach().sum())
     with pytest.raises(ScoreError, match="gave no batch"):
         collect(model, groups, frozenset({"input_norm"}), [])
     with pytest.raises(ScoreError, match=r"returned \(2,\) for group '0'; expected a tensor of shape \(6,\)"):

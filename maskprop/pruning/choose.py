@@ -30,8 +30,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("channel_multiple", "min_units"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} is {getattr(self, name)}; give at least 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} is {value!r}; give a whole number of at least 1.")
 
     def at_most(self, group: Group, count: int) -> int:
         """The largest number of units up to ``count`` that may leave."""

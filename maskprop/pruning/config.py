@@ -1,7 +1,7 @@
 """What to prune, and how much: NNI's ``config_list`` and a short form, read into rules.
 
-The short form is a ratio (``0.5``), or a dict from globs over module paths to ratios (``{"layer*.conv1":
-0.3}``).
+The short form is a ratio (``0.5``), or a dict from globs over module paths, or modules, to ratios
+(``{"layer*.conv1": 0.3}``). What is named includes what is inside it.
 Later rules win over earlier ones; what any rule excludes is never pruned.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -20,7 +20,8 @@ from torch import nn
 from maskprop.errors import RatioError, SelectorError
 from maskprop.pruning.groups import GRANULARITIES, Group, Groups
 
-Config: TypeAlias = "float | Mapping[str, float] | Sequence[Mapping[str, Any]]"
+Pattern: TypeAlias = "str | nn.Module"
+Config: TypeAlias = "float | Mapping[str, float] | Mapping[nn.Module, float] | Sequence[Mapping[str, Any]]"
 
 _RATIOS = {  # NNI 3, and the names that NNI 2 had
     "sparse_ratio": "ratio",
@@ -95,7 +96,7 @@ def select(
     groups: Groups,
     config: Config,
     *,
-    ignore: Iterable[str] = (),
+    ignore: Pattern | Iterable[Pattern] = (),
     granularity: str | Sequence[str] | None = None,
     ranking: str = "local",
     default_types: Sequence[type] = (),
@@ -106,7 +107,7 @@ def select(
         model: whose modules are named.
         groups: whose names may be used, too.
         config: a ratio, a dict of globs, or NNI's list of dicts.
-        ignore: globs over module paths and group names that are never pruned.
+        ignore: globs over module paths and group names, or modules, that are never pruned.
         granularity: of the groups to take: ``"channel"``, ``"head"``, ``"head dim"`` and so on.
         ranking: ``"local"``: each group loses its ratio. ``"global"``: all compete. ``"isomorphic"``: groups
         with the
@@ -127,14 +128,22 @@ def select(
         rule = replace(base, ratio=_share("ratio", config))
         found.rules = {n: rule for n in names if not default_types or isinstance(paths.get(n), tuple(default_types))}
     elif isinstance(config, Mapping):
-        for number, (pattern, ratio) in enumerate(config.items()):
-            rule = replace(base, number=number, ratio=_share(pattern, ratio))
-            found.rules |= dict.fromkeys(_match(pattern, names), rule)
+        patterns: Mapping[Any, float] = config
+        for number, (pattern, ratio) in enumerate(patterns.items()):
+            if pattern in (*_RATIOS, *_POOLS, *_SELECTORS, *_OTHERS) and pattern not in names:
+                raise SelectorError(f"'{pattern}' is a key of NNI's entries, which come in a list. Write [{{...}}].")
+            rule = replace(base, number=number, ratio=_share(str(pattern), ratio))
+            found.rules |= dict.fromkeys(_match(pattern, names, paths), rule)
+    elif not isinstance(config, (list, tuple)):
+        raise SelectorError(
+            f"the configuration is a {type(config).__name__}; expected a ratio (0.5), a dict of ratios "
+            "({'layer1*': 0.3}), or NNI's list of dicts."
+        )
     else:
         for number, entry in enumerate(config):
             _read_entry(found, number, entry, paths, base)
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        found.excluded |= set(_match(pattern, names))
+    for pattern in [ignore] if isinstance(ignore, (str, nn.Module)) else ignore:
+        found.excluded |= set(_match(pattern, names, paths))
     return found
 
 
@@ -167,6 +176,12 @@ def _read_entry(
     for key in ("ratio", "least"):
         if key in values:
             values[key] = _share(f"entry {number}", values[key])
+    most = values.get("most", 1.0)
+    if not isinstance(most, (int, float)) or not values.get("least", 0.0) <= most <= 1:
+        raise RatioError(
+            f"entry {number}: max_sparse_ratio is {most!r}; it must be at most 1, and at least min_sparse_ratio "
+            f"({values.get('least', 0.0)})."
+        )
     if "total_sparsity" in entry:
         values["pool"] = f"entry {number}"
     values |= {_POOLS[k]: str(entry[k]) for k in _POOLS if entry.get(k) is not None}
@@ -182,6 +197,9 @@ def _read_entry(
 def _modules(number: int, entry: Mapping[str, Any], paths: Mapping[str, nn.Module]) -> set[str]:
     """Paths that an entry selects, less those that it excludes."""
     where = f"entry {number} of the configuration"
+    for key in _SELECTORS:
+        if isinstance(entry.get(key), str):
+            raise SelectorError(f"{where}: {key} is the text {entry[key]!r}; write a list, [{entry[key]!r}].")
     chosen = set(paths)
     if "op_types" in entry:
         chosen &= set().union(*(_of_type(where, t, paths) for t in entry["op_types"]))
@@ -220,7 +238,10 @@ def _named(where: str, key: str, value: str, paths: Mapping[str, nn.Module]) -> 
     elif key == "op_partial_names":
         found = {p for p in paths if value in p}
     else:
-        found = {p for p in paths if re.fullmatch(value, p)}
+        try:
+            found = {p for p in paths if re.fullmatch(value, p)}
+        except re.error as error:
+            raise SelectorError(f"{where}: '{value}' ({key}) is no regular expression: {error}.") from error
     if not found:
         close = difflib.get_close_matches(value, list(paths), n=3)
         raise SelectorError(
@@ -230,10 +251,17 @@ def _named(where: str, key: str, value: str, paths: Mapping[str, nn.Module]) -> 
     return found
 
 
-def _match(pattern: str, names: Sequence[str]) -> list[str]:
-    found = [n for n in names if fnmatchcase(n, pattern)]
+def _match(pattern: Pattern, names: Sequence[str], paths: Mapping[str, nn.Module]) -> list[str]:
+    """The modules and groups that a glob or a module names, and those inside them."""
+    if isinstance(pattern, nn.Module):
+        whole = {path for path, module in paths.items() if module is pattern}
+        if not whole:
+            raise SelectorError(f"a {type(pattern).__name__} is named that is no part of the model. Take one that is.")
+    else:
+        whole = {n for n in names if fnmatchcase(n, pattern)}
+    found = [n for n in names if n in whole or any(part in whole for part in _containers(n))]
     if not found:
-        close = difflib.get_close_matches(pattern, names, n=3)
+        close = difflib.get_close_matches(str(pattern), names, n=3)
         raise SelectorError(
             f"'{pattern}' matches no module and no group."
             + (
@@ -243,6 +271,13 @@ def _match(pattern: str, names: Sequence[str]) -> list[str]:
             )
         )
     return found
+
+
+def _containers(name: str) -> Iterator[str]:
+    """``a.b.c`` is in ``a.b`` and ``a``."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _granularities(value: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskprop.errors import OptionError
 from maskprop.pruning.budget import Budget, fit
 from maskprop.pruning.choose import Limits, choose
-from maskprop.pruning.config import Config, Rule, Selection, select
+from maskprop.pruning.config import Config, Pattern, Rule, Selection, select
 from maskprop.pruning.discover import prunable_groups
 from maskprop.pruning.groups import Group, Groups
 from maskprop.pruning.local import local_groups
@@ -32,7 +32,7 @@ class Pruner:
 
     Args:
         model: to prune. Only :meth:`compress` changes it, by putting masks on.
-        config: a ratio, ``{"layer*.conv1": 0.3}``, or NNI's ``config_list``.
+        config: a ratio, ``{"layer*.conv1": 0.3}`` (or modules as keys), or NNI's ``config_list``.
         evaluator: a :class:`~maskprop.pruning.nni.TorchEvaluator`, for scripts written for NNI; else
         ``None``.
         training_steps: batches that a data-driven score sees; all of ``data`` by default.
@@ -42,7 +42,7 @@ class Pruner:
         data: batches for a data-driven score, in any form that ``loss`` takes.
         loss: ``loss(model, batch)``, for gradients.
         score: overrides the pruner's own.
-        ignore: globs over modules and groups that are never pruned.
+        ignore: globs over modules and groups, or modules, that are never pruned.
         ranking: ``"local"``, ``"global"`` or ``"isomorphic"``; see :func:`~maskprop.pruning.config.select`.
         granularity: of the groups to take; by default channels and whole heads.
         channel_multiple: of an axis that shrinks, a multiple of so many elements stays.
@@ -71,7 +71,7 @@ class Pruner:
         data: Iterable[Any] | None = None,
         loss: Loss | None = None,
         score: ScoreFunction | None = None,
-        ignore: Iterable[str] = (),
+        ignore: Pattern | Iterable[Pattern] = (),
         ranking: str = "local",
         granularity: str | Sequence[str] | None = None,
         channel_multiple: int = 1,

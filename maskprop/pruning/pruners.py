@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskprop.errors import OptionError, RatioError
+from maskprop.errors import OptionError, RatioError, SelectorError
 from maskprop.pruning import scores
 from maskprop.pruning.choose import choose
 from maskprop.pruning.config import Config
@@ -105,6 +105,11 @@ class SlimPruner(Pruner):
         options.setdefault("ranking", "global")
         super().__init__(*args, **options)
         norms = {name: (group, rule) for name, (group, rule) in self.plan.items() if self._norms(group)}
+        if self.plan and not norms:
+            raise SelectorError(
+                f"SlimPruner scores by batch norms, and none of the {len(self.plan)} groups that are named has one. "
+                "Give dummy_input, so that the batch norms behind convolutions are known, or use another pruner."
+            )
         self.plan = norms
         self.regular_scale = regular_scale
 
@@ -121,7 +126,7 @@ class SlimPruner(Pruner):
         """``regular_scale * sum of |gamma|`` over the batch norms of the groups to prune."""
         weights = named_weights(self.model)
         names = dict.fromkeys(n for g, _ in self.plan.values() for n in self._norms(g))
-        return self.regular_scale * torch.stack([weights[n].abs().sum() for n in names]).sum()
+        return self.regular_scale * torch.cat([weights[n].abs().flatten() for n in names]).sum()
 
 
 class LevelPruner(Pruner):

@@ -323,6 +323,8 @@ def checked(score: ScoreFunction, group: Group) -> Tensor:
     """
     found = score(group)
     name = getattr(score, "__name__", type(score).__name__)
+    if hasattr(score, "__self__"):  # a pruner's method
+        name = f"{type(score.__self__).__name__}.{name}"
     if not isinstance(found, Tensor) or tuple(found.shape) != (group.parts,):
         came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ScoreError(

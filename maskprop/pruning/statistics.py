@@ -161,6 +161,11 @@ def _gradients(
     if not isinstance(result, Tensor) or result.numel() != 1:
         came = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise ScoreError(f"the loss returned {came}; a scalar tensor is expected. Average it over the batch.")
+    if not result.requires_grad:
+        raise ScoreError(
+            "the loss does not depend on any parameter (was it detached, or computed under no_grad?). Return what "
+            "backward() could be called on."
+        )
     wanted = {m.name for g in groups for m in g.members if not m.consumes}
     parameters = {name: p for name, p in named_weights(model).items() if name in wanted and p.requires_grad}
     second = "hessian" in needs
