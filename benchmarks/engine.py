@@ -21,14 +21,15 @@ import copy
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
 QUICK = ("ResNet-18", "MobileNetV2", "BERT-base")
 PEERS = {"Torch-Pruning": "torch-pruning", "torch-simplify": "torch-simplify"}
+PEER_LIMIT = 120  # seconds
 Row = dict[str, Any]
 
 
@@ -93,6 +95,22 @@ def timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = run(*args)
     return time.perf_counter() - start, result
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """End another tool's run that takes too long: on Torch-Pruning and Swin-T nobody has waited for the end."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {PEER_LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PEER_LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def copy_parameters(model: nn.Module) -> list[torch.Tensor]:
@@ -148,7 +166,8 @@ class Worker:
             for name in list(peers):
                 model = self.copied(masked=True)
                 try:
-                    found[name].append(timed(peers[name], model, self.subject)[0])
+                    with limited():
+                        found[name].append(timed(peers[name], model, self.subject)[0])
                     self.row["peers"][name] = {"parameters": count(model)}
                 except Exception as error:  # whatever it fails with belongs in the table
                     self.row["peers"][name] = {"failure": f"{type(error).__name__}: {error}"[:300]}
@@ -169,7 +188,7 @@ class Worker:
             self.speedup(self.copied(), verify)
             _, row[key] = peak_memory(self.speedup, self.copied(), verify)
         for name, run in RUN_PEER.items():
-            with suppress(Exception):  # told by the process that takes the time
+            with suppress(Exception), limited():  # told by the process that takes the time
                 run(self.copied(masked=True), self.subject)
                 _, row["peers"][name] = peak_memory(run, self.copied(masked=True), self.subject)
         return row

@@ -102,6 +102,8 @@ class _Patcher:
         Raises:
             NoSource: an op differs whose expression cannot be changed.
         """
+        if like is not None and self._follows(like):
+            return True
         before = -1
         self.edits.set_class(self.module, patched_class(type(self.module), ()))  # with a place for each expression
         for count in range(MAX_PATCHES):
@@ -111,8 +113,6 @@ class _Patcher:
             if mismatch.op is None or mismatch.path != self.path or mismatch.index < before:
                 raise NoSource(f"{mismatch} is not mended here")
             before = mismatch.index
-            if like is not None and count == 0 and self._follows(like):
-                return True
             patch = self._patch(mismatch, frames)
             log.debug("in '%s': %s", self.path, patch)
             self.edits.set_class(self.module, patched_class(type(self.module), (patch,)))
