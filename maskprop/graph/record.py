@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,10 @@ class Recorder(TorchDispatchMode):
     Args:
         model: its parameters, buffers and tensor attributes become ``get_attr`` nodes.
         concrete: whether the tensors hold real values.
+        masks: of its parameters, applied where a number is read that depends on them alone.
     """
 
-    def __init__(self, model: nn.Module, concrete: bool) -> None:
+    def __init__(self, model: nn.Module, concrete: bool, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph(fx.Graph(), {}, concrete=concrete)
         self._values: dict[int, Value] = {}
@@ -65,6 +66,7 @@ class Recorder(TorchDispatchMode):
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
         modules = list(model.named_modules(remove_duplicate=False))
         self._names, self.graph.aliases = _names_of(modules)
+        self._masks = {self.graph.aliases.get(name, name): mask for name, mask in (masks or {}).items()}
         self._storages = {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
         self._states: dict[str, fx.Node] = {}
         self._paths = {id(m): name for name, m in reversed(modules)}  # of several names, the first
@@ -335,7 +337,8 @@ class Recorder(TorchDispatchMode):
             def value(n: fx.Node) -> Any:
                 if n not in cache:
                     if n.op == "get_attr":
-                        cache[n] = self.graph.state[str(n.target)]
+                        state, mask = self.graph.state[str(n.target)], self._masks.get(str(n.target))
+                        cache[n] = state if mask is None else state * mask.to(state)
                     elif n.op == "placeholder":
                         raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
                     else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from maskprop.errors import DummyInputError, MaskpropError, TraceError
+from maskprop.graph.caches import caches_emptied
 from maskprop.graph.graph import Graph
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
@@ -59,7 +60,7 @@ def trace(
         inputs: positional and keyword arguments.
         tracer: ``"fake"``, ``"concrete"``, ``"meta"``, a function of ``(model, inputs)``, or ``"auto"``: fake
             tensors first, the real input where a value or a data-dependent shape is read.
-        masks: by the names of the model's tensors. The real input then takes the branches of the masked model.
+        masks: by the names of the model's tensors. Where ``forward`` reads a value, it is that of the masked model.
 
     Raises:
         DummyInputError: ``forward`` fails on the input.
@@ -81,7 +82,7 @@ def trace(
     if tracer == "auto" and not on_meta:
         try:
             with quiet():
-                return _checked(_trace(model, inputs, concrete=False))
+                return _checked(_trace(model, inputs, concrete=False, masks=masks))
         except MaskpropError:
             raise
         except Exception as error:  # any failure on fake tensors only means that real ones are needed
@@ -99,7 +100,7 @@ def trace(
         if tracer == "concrete":
             with masked_tensors(model, masks or {}):
                 return _checked(_trace(model, inputs, concrete=True))
-        return _checked(_trace(model, inputs, concrete=False))
+        return _checked(_trace(model, inputs, concrete=False, masks=masks))
     except MaskpropError:
         raise
     except Exception as error:
@@ -130,7 +131,7 @@ def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Gra
         return recorder.graph, error, recorder.last_path
 
 
-def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
+def _trace(model: nn.Module, inputs: Inputs, concrete: bool, masks: Mapping[str, Tensor] | None = None) -> Graph:
     with ExitStack() as stack:
         stack.enter_context(frozen_state(model))
         stack.enter_context(torch.no_grad())
@@ -142,7 +143,7 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool) -> Graph:
         elif not concrete:
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             inputs = map_tensors(inputs, fake.from_tensor)
-        recorder = Recorder(model, concrete)
+        recorder = Recorder(model, concrete, masks)
         for i, (path, tensor) in enumerate(tensors_in(inputs)):
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs
@@ -243,7 +244,8 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
             module.__dict__["training"] = False
     written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
-        yield
+        with caches_emptied(model):
+            yield
     finally:
         with torch.no_grad():
             for buffer, version, content in written:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torture import Projections, case, images, vectors
+from torture import ALL, Projections, case, images, vectors
 
 ROWS = [0, 1, 4]
 
@@ -135,3 +137,53 @@ class ZerosAsComplex(Two):
     def forward(self, x: Tensor) -> Tensor:
         first, second = (torch.view_as_complex(part.reshape(-1, 2, 2)) for part in self.a(x).split(4, -1))
         return self.b(torch.cat([torch.view_as_real(z * torch.exp(z)).flatten(1) for z in (first, second)], -1))
+
+
+@case(vectors(6), {"a.weight": (ROWS,)}, {})
+class WhileItIsLong(Two):
+    """How often the loop runs depends on the masks, and on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        while h.norm() > 1:
+            h = h / 2
+        return self.b(h)
+
+
+@case(
+    vectors(6),
+    {"gate.bias": ([0],), "a.weight": ([0, 1],), "b.weight": (ALL, ROWS)},
+    {"a.weight": (5, 6), "a.bias": (5,), "b.weight": (4, 5)},
+    prep=lambda model: nn.init.constant_(model.gate.bias, 1),
+)
+class TheMasksDecide(Two):
+    """The dense model takes the other branch, and ``c`` stays as it is: nobody reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.gate = nn.Linear(6, 4), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(x) if self.gate.bias > 0 else self.b(self.a(x).relu())
+
+
+@functools.lru_cache
+def rising(count: int) -> Tensor:
+    return torch.arange(count) + 1.0
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 4, 5],), "a.bias": ([0, 1, 4, 5],)},
+    {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (4, 4)},
+)
+class RemembersTables(Two):
+    """What a trace computes must not be remembered."""
+
+    @staticmethod
+    @functools.lru_cache
+    def falling(count: int) -> Tensor:
+        return -rising(count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * rising(4) + self.falling(4)
