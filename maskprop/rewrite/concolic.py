@@ -69,6 +69,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._module, self._arguments = module, arguments
         self._variadic = variadic_name(module)
+        self._children = set(module.modules())
         self._values: dict[fx.Node, Any] = {}
 
     def companion(self, node: fx.Node) -> Any:
@@ -76,6 +77,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m not in self._children:  # the author's forward made it, as `nn.Softmax(-1)(x)` does
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

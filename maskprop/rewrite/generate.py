@@ -285,6 +285,8 @@ class _Generator:
         head, tail = node.args[:start], node.args[start:]
         packed = len(tail) == 1 and isinstance(tail[0], (tuple, list))
         sizes = list(tail[0] if packed else tail)  # type: ignore[arg-type]
+        if len(sizes) == 1 and isinstance(env.get(sizes[0]), (tuple, list)):  # computed as a whole
+            sizes = self._unpacked(sizes[0], node, env)
         if name == "unflatten":
             source, dim = env[node.all_input_nodes[0]], int(str(node.args[1]))
             dim = dim % source.dim()
@@ -300,6 +302,13 @@ class _Generator:
             keep = actual == planned or (actual == -1 and (planned == before or name == "expand"))
             made.append(size if keep else self._in_proportion(size, planned, node, env))
         node.args = (*head, made) if packed else (*head, *made)
+
+    def _unpacked(self, sizes: fx.Node, node: fx.Node, env: dict[fx.Node, Any]) -> list[fx.Node]:
+        """Each of the sizes that a node computes, as a node."""
+        with self.forward.inserting_before(node):
+            parts = [self.forward.call_function(operator.getitem, (sizes, i)) for i in range(len(env[sizes]))]
+        env.update(zip(parts, env[sizes], strict=True))
+        return parts
 
     def _in_proportion(self, size: Any, planned: int, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """The planned size; of one that is computed, as ``batch * 4`` is, the same part at every batch size."""

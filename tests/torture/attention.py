@@ -449,3 +449,32 @@ CASES["BaddbmmDims"] = Case(
     {"qkv.weight": (_SCORES,), "qkv.bias": (_SCORES,)},
     {"qkv.weight": (24, 12), "qkv.bias": (24,)},
 )
+
+
+_Q_AND_K = [12 * part + 4 * head + dim for part in (0, 1) for head in range(3) for dim in (0, 2)]
+
+
+@case(
+    vectors(5, 12),
+    {"qkv.weight": (_Q_AND_K,), "qkv.bias": (_Q_AND_K,)},
+    {"qkv.weight": (24, 12), "qkv.bias": (24,)},
+)
+class SizesByMath(nn.Module):
+    """sizes added up as tuples, through reshapes that cancel, and a layer made on the way"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+        self.o = nn.Linear(12, 12)
+        self.heads, self.size = 3, 4
+
+    def cut(self, x: Tensor) -> Tensor:
+        parts = (1, self.heads, self.size)
+        cut = x.reshape(x.shape[:-1] + parts)
+        return cut.reshape(x.shape[:-1] + cut.shape[-2:]).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.cut(part) for part in torch.split(self.qkv(x), self.heads * self.size, dim=-1))
+        y = nn.Softmax(dim=-1)(q @ k.transpose(2, 3) * 0.5) @ v
+        width = (self.heads * self.size,)
+        return self.o(y.transpose(1, 2).reshape(x.shape[:-1] + width))
