@@ -49,7 +49,8 @@ def change_attribute(edits: Edits, change: AttributeChange) -> None:
         return
     places = [] if hasattr(type(module), "generated_source") else places_of_setting(type(module), change.attribute)
     if places:
-        patches = tuple(Patch(place, "setting", change.attribute, change.new) for place in places)
+        new = tuple(change.new) if isinstance(change.new, list) else change.new  # patches are compared by hash
+        patches = tuple(Patch(place, "setting", change.attribute, new) for place in places)
         edits.set_class(module, patched_class(type(module), patches))
         return
     config = copy.copy(getattr(module, holder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -170,3 +172,15 @@ class UnitByNumber(Hidden):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
         return self.b(h) + h[:, 2, None]
+
+
+@case(vectors(6), ROWS, LEFT)
+class ListedSetting(Hidden):
+    """one of a config's list of sizes, as backbones keep the widths of their stages"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(widths=[16, 8])
+
+    def change(self, h: Tensor) -> Tensor:
+        return h.reshape(len(h), -1, self.config.widths[-1]).mean(1)
