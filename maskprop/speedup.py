@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 import warnings
@@ -28,6 +27,7 @@ from maskprop.errors import (
     WrappedModelError,
 )
 from maskprop.explain import Explainer
+from maskprop.garbage import GARBAGE
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
 from maskprop.graph.trace import Inputs, Tracer, describe_inputs, split_inputs, trace, trace_partial
@@ -158,7 +158,7 @@ class ModelSpeedup:
         Raises:
             MaskpropError: see the errors of the stages; the model is then as it was.
         """
-        with _no_garbage_collection(), prune_masks_removed(self.model) if self._own_masks else nullcontext():
+        with GARBAGE.ignored(), prune_masks_removed(self.model) if self._own_masks else nullcontext():
             self.initialize_speedup()
             self.infer_modules_masks()
             self.replace_compressed_modules()
@@ -242,6 +242,7 @@ class ModelSpeedup:
             if before.shapes.get(name) != tuple(parameter.shape):
                 renew_gradients(parameter)
         self.explainer = Explainer(inference, self.alignment, inference.masks)
+        repair.finish()
         self.report.fill(before, changes, self.model, self.explainer, repair)
 
     # -- what replacers may use -----------------------------------------------------------------
@@ -442,21 +443,3 @@ class ModelSpeedup:
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all elements are; their sum tells, except where it overflows."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A trace makes many small objects; collections in between walk the whole process and take most of its time.
-
-    So does the one that would follow at once: what was made counts as old instead, for the next full collection.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            if not gc.get_freeze_count():  # what a caller froze stays frozen
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()

@@ -119,7 +119,10 @@ def describe_inputs(inputs: Inputs) -> str:
 
 
 def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Graph, Exception | None, str]:
-    """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose."""
+    """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose.
+
+    The exception comes without its traceback, whose frames would keep the model alive.
+    """
     try:
         with quiet():
             return _trace(model, inputs, concrete), None, ""
@@ -127,8 +130,9 @@ def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Gra
         recorder = getattr(error, "_maskprop_recorder", None)
         if recorder is None:
             raise
+        del error._maskprop_recorder  # type: ignore[attr-defined]
         recorder.drop_unread()
-        return recorder.graph, error, recorder.last_path
+        return recorder.graph, error.with_traceback(None), recorder.last_path
 
 
 def _trace(model: nn.Module, inputs: Inputs, concrete: bool, masks: Mapping[str, Tensor] | None = None) -> Graph:

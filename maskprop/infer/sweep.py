@@ -177,17 +177,17 @@ class Inference:
         self.facts.needed[node] = part if before is None else before | part
 
     def _state_fact(self, name: str) -> Fact:
-        tensor = self.graph.state[name]
+        graph, tensor = self.graph, self.graph.state[name]
         mask = self.masks.get(name)
         number = name.startswith("_constant") and tensor.numel() == 1 and type(tensor) is Tensor and not tensor.is_meta
         if mask is None and (number or name.startswith("_activation_mask")):
             return Fact.of_value(as_double(tensor).cpu())
         again = tensor.is_meta  # what is read from elsewhere may be too much to hold
         if mask is None:
-            return Fact.constant(tensor.ndim, lambda: self.graph.value(name).cpu(), again)
+            return Fact.constant(tensor.ndim, lambda: graph.value(name).cpu(), again)
         keep = mask.cpu().reshape((1,) * (tensor.ndim - mask.ndim) + mask.shape)
         true = everywhere(True, tensor.ndim)
-        return Fact(true, squash(~keep.bool()), lambda: as_double(self.graph.value(name)).cpu() * keep, again=again)
+        return Fact(true, squash(~keep.bool()), lambda: as_double(graph.value(name)).cpu() * keep, again=again)
 
 
 def _all(node: fx.Node) -> Tensor:

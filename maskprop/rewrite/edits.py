@@ -32,6 +32,10 @@ class Edits:
         while len(self._toggles) > mark:
             self._toggles.pop()()
 
+    def commit(self) -> None:
+        """Let go of what the model was before."""
+        self._toggles.clear()
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model as it was before any change, for a while."""

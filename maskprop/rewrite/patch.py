@@ -108,12 +108,15 @@ class _Patcher:
         self.edits.set_class(self.module, patched_class(type(self.module), ()))  # with a place for each expression
         for count in range(MAX_PATCHES):
             mismatch, frames = self._replay()
-            if mismatch is None:
-                return count > 0
-            if mismatch.op is None or mismatch.path != self.path or mismatch.index < before:
-                raise NoSource(f"{mismatch} is not mended here")
-            before = mismatch.index
-            patch = self._patch(mismatch, frames)
+            try:
+                if mismatch is None:
+                    return count > 0
+                if mismatch.op is None or mismatch.path != self.path or mismatch.index < before:
+                    raise NoSource(f"{mismatch} is not mended here")
+                before = mismatch.index
+                patch = self._patch(mismatch, frames)
+            finally:
+                frames.clear()  # they hold their callers, this one among them
             log.debug("in '%s': %s", self.path, patch)
             self.edits.set_class(self.module, patched_class(type(self.module), (patch,)))
         raise NoSource(f"{MAX_PATCHES} changes did not make it follow")
@@ -151,11 +154,14 @@ class _Patcher:
             except Exception as raised:  # compared below
                 error = raised
         recorder.drop_unread()
-        mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
-        if mismatch is not None and mismatch.got is not None:
-            constant = self.replay.maker(mismatch.got, mismatch.actual)
-            return mismatch, recorder.frames.get(constant or mismatch.got, [])
-        return mismatch, [] if error is None else recorder.raised_at(error)
+        try:
+            mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
+            if mismatch is not None and mismatch.got is not None:
+                constant = self.replay.maker(mismatch.got, mismatch.actual)
+                return mismatch, recorder.frames.get(constant or mismatch.got, [])
+            return mismatch, [] if error is None else recorder.raised_at(error)
+        finally:  # both hold frames, which hold their callers, this one among them
+            recorder.frames, error = {}, None
 
     def _patch(self, mismatch: Mismatch, frames: Frames) -> Patch:
         """What to change for a mismatch."""

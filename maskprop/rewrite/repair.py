@@ -136,6 +136,11 @@ class Repair:
         """Paths of layers that became constants."""
         return [layer.path for layer in self.dead]
 
+    def finish(self) -> None:
+        """Let go of what only the repair needed: the undo log, which holds the dense tensors, and the speedup."""
+        self.edits.commit()
+        self.customize = None
+
     def keep_dead(self) -> Alignment:
         """Go back to a plan in which the layers of constant branches keep their parameters."""
         self.dead = []
