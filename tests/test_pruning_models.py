@@ -108,9 +108,11 @@ class Tables(nn.Module):
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def test_forecast_where_more_falls_silent_than_was_masked() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_forecast_where_more_falls_silent_than_was_masked(bias: bool) -> None:
     torch.manual_seed(0)
     model = Tables()
+    model.q = nn.Linear(16, 16, bias)
     with torch.no_grad():
         model.hidden.bias[:20] -= 10  # silent at every position of the table, whether masked or not
         model.hidden.weight[:20] *= 4

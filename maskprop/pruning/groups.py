@@ -22,6 +22,7 @@ from maskprop.errors import GroupError
 from maskprop.graph.graph import Graph
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import Inputs, Tracer, trace
+from maskprop.pruning.masking import named_weights
 from maskprop.rewrite.edits import tensor_of
 
 if TYPE_CHECKING:
@@ -344,14 +345,6 @@ class Groups(Sequence[Group]):
         from maskprop.pruning.picture import draw_groups
 
         draw_groups(self, Path(path))
-
-
-def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their plain names, whether masks are applied to them or not."""
-    return {
-        name.replace("parametrizations.", "").removesuffix(".original"): p
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def _shapes(inputs: Inputs) -> list[tuple[str, tuple[int, ...]]]:

@@ -94,6 +94,19 @@ def applied_masks(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their plain names, whether masks are applied to them or not."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        masked = isinstance(module, parametrize.ParametrizationList) and any(isinstance(m, Mask) for m in module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owner, _, name = path.rpartition(".") if masked else (path, "", key)
+                owner = owner.removesuffix("parametrizations").rstrip(".") if masked else owner
+                found[f"{owner}.{name}".lstrip(".")] = parameter
+    return found
+
+
 def remove_masks(model: nn.Module, *, bake: bool = True) -> dict[str, dict[str, Tensor]]:
     """Take the masks off; the parameters are plain again, the same objects as before.
 
@@ -192,34 +205,28 @@ def _load(model: nn.Module, masks: MasksLike) -> dict[str, Tensor]:
     """Checked masks by parameter name; those that are on already are seen through."""
     if not applied_masks(model):
         return load_masks(model, masks).parameters
-    shadow = _Plain(model)
-    return load_masks(shadow.model, masks).parameters
+    return load_masks(_plain(model), masks).parameters
 
 
-class _Plain:
+def _plain(model: nn.Module) -> nn.Module:
     """A skeleton of a masked model with plain parameter names, for checking masks against."""
+    skeleton = nn.Module()
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = nn.Module()
-        for path, module in model.named_modules(remove_duplicate=False):
-            if "parametrizations" in path.split("."):
-                continue
-            twin = self._at(path)
-            for key, parameter in module._parameters.items():
-                twin.register_parameter(key, parameter)
-            if parametrize.is_parametrized(module):
-                for key in _parametrizations(module):
-                    original = _parametrizations(module)[key].original
-                    assert isinstance(original, nn.Parameter)
-                    twin.register_parameter(key, original)
-
-    def _at(self, path: str) -> nn.Module:
-        at = self.model
+    def at(path: str) -> nn.Module:
+        module = skeleton
         for part in path.split(".") if path else []:
-            if part not in at._modules:
-                at.add_module(part, nn.Module())
-            at = at.get_submodule(part)
-        return at
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        return module
+
+    for path, _ in model.named_modules(remove_duplicate=False):
+        if "parametrizations" not in path.split("."):
+            at(path)
+    for name, parameter in named_weights(model).items():
+        path, _, key = name.rpartition(".")
+        at(path).register_parameter(key, parameter)
+    return skeleton
 
 
 def _parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from maskprop.errors import OptionError, ScoreError
 from maskprop.pruning.config import Config
-from maskprop.pruning.groups import Group, Member, named_weights
-from maskprop.pruning.masking import Mask, make_plain, refuse_wrappers
+from maskprop.pruning.groups import Group, Member
+from maskprop.pruning.masking import Mask, make_plain, named_weights, refuse_wrappers
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import hidden_elements
 from maskprop.rewrite.edits import owner_of

@@ -12,8 +12,8 @@ from maskprop.errors import OptionError, RatioError, SelectorError
 from maskprop.pruning import scores
 from maskprop.pruning.choose import choose
 from maskprop.pruning.config import Config
-from maskprop.pruning.groups import Group, named_weights
-from maskprop.pruning.masking import apply_masks
+from maskprop.pruning.groups import Group
+from maskprop.pruning.masking import apply_masks, named_weights
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import NestedMasks, remove
 from maskprop.rewrite.edits import tensor_of

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from maskprop.errors import OptionError
-from maskprop.pruning.groups import named_weights
-from maskprop.pruning.masking import apply_masks
+from maskprop.pruning.masking import apply_masks, named_weights
 from maskprop.pruning.pruner import Pruner
 from maskprop.pruning.removal import NestedMasks
 

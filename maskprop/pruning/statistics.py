@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from maskprop.errors import ScoreError
 from maskprop.graph.trace import frozen_state
-from maskprop.pruning.groups import Group, named_weights
+from maskprop.pruning.groups import Group
+from maskprop.pruning.masking import named_weights
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _GRADIENTS = frozenset({"taylor", "squared_gradient", "hessian"})

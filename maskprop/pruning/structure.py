@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from torch import Tensor, fx, nn
@@ -112,11 +112,16 @@ class Structure:
         return self._cost(Alignment(self.coupling, s, Plan(), self.states), {})
 
     def _cost(self, left: Alignment, gone: Mapping[fx.Node, StandIn | None]) -> Cost:
+        shape = cache(left.expected_shape)
         total = self._total
         for name, node in self.states.items():
             if id(self.graph.state[name]) in self._parameters:
-                total -= _numel(shape_of(node)) - (0 if node in gone else _numel(left.expected_shape(node)))
-        return Cost(total, sum(_flops(node, left) for node in self._counted if node not in gone))
+                total -= _numel(shape_of(node)) - (0 if node in gone else _numel(shape(node)))
+        made = {stand.held.name: stand for stand in gone.values() if stand is not None and stand.held is not None}
+        for stand in made.values():  # of a layer without a bias, one is made for the constant that is left
+            if stand.held is not None and stand.held.bias is None:
+                total += shape(stand.result)[stand.axis]
+        return Cost(total, sum(_flops(node, shape) for node in self._counted if node not in gone))
 
     @cached_property
     def _counted(self) -> list[fx.Node]:
@@ -189,10 +194,10 @@ def _formula(node: fx.Node) -> Callable[..., int] | None:
     return found
 
 
-def _flops(node: fx.Node, left: Alignment) -> int:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), left.expected_shape)
+def _flops(node: fx.Node, shape: Callable[[fx.Node], tuple[int, ...]]) -> int:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), shape)
     formula = _formula(node)
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=left.expected_shape(node)))
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=shape(node)))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
