@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,20 @@ def caches_emptied(model: nn.Module) -> Iterator[None]:
 
 
 def _caches(model: nn.Module) -> Iterator[Any]:
-    """Those in the classes of a model's modules, and in the files that define the classes."""
+    """Those in the classes of a model's modules, and in the files that define the classes; decorated or not."""
     classes = {c for kind in {type(m) for m in model.modules()} for c in kind.__mro__}
     own = [c for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins")]
     files = {c.__module__: sys.modules[c.__module__] for c in own if c.__module__ in sys.modules}
     for home in (*own, *files.values()):
         for value in vars(home).values():
             found = getattr(value, "__func__", value) if isinstance(value, (staticmethod, classmethod)) else value
-            if isinstance(found, _Cached):
-                yield found
+            around = [cell.cell_contents for cell in getattr(found, "__closure__", None) or () if _filled(cell)]
+            yield from (one for one in (found, *around) if isinstance(one, _Cached))
+
+
+def _filled(cell: CellType) -> bool:
+    """Whether the variable has a value by now."""
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
