@@ -473,3 +473,14 @@ def test_sizes_in_a_branch_that_left_are_mended() -> None:
     reference = masked_reference(model, masks)
     ModelSpeedup(model, torch.randn(2, 5, 16), masks, verify=False).speedup_model()
     check_equal(model, reference, (1, 5, 16), (3, 7, 16))
+
+
+def test_zeros_take_images_of_any_size() -> None:
+    """A scale of zero whose channels no class of torch names: its parameter does."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Residual(6), PerChannel(6), nn.Conv2d(6, 2, 1)).eval()
+    model = randomise(model, (torch.randn(2, 3, 4, 4),))
+    masks = whole(model, "2.scale")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks).speedup_model()
+    assert isinstance(model[2], Constant)
+    check_equal(model, reference, (1, 3, 4, 4), (3, 3, 6, 5))

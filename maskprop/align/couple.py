@@ -102,8 +102,8 @@ def _on_entry(op: Op, position: int, labels: Sequence[Labels], c: Coupling) -> L
         place = axis - len(own)
         if n == 1 or (op.target is torch.ops.aten.baddbmm.default and axis):
             continue
-        others = (a for i, a in enumerate(labels) if i != position and op.shapes[i][place:][:1] == (n,))
-        met = next((a[place] for a in others if a[place] is not None), None)
+        reach = (a for i, a in enumerate(labels) if i != position and len(a) >= -place and op.shapes[i][place] == n)
+        met = next((a[place] for a in reach if a[place] is not None), None)
         cut = op.node.name, position, place
         if met is not None and not (alone and own[axis] is not None):
             c.cuttable[cut] = own[axis], met

@@ -153,27 +153,22 @@ class DeadLayer:
     Attributes:
         path: of the module.
         module: itself.
-        axes: along which a constant may vary that gives what each call gave, counted from the end.
+        axis: of the channels in what it puts out, counted from the end.
         window: see :class:`Constant`.
         nodes: its ops, and its tensors, which only it reads.
         results: what it puts out, one a call.
         sources: what each call reads first.
-        axis: the one of them that holds the channels.
         value: the constant, ``(channels,)`` in float64; ``None`` if it is zero or nothing reads it.
     """
 
     path: str
     module: nn.Module
-    axes: list[int]
+    axis: int
     window: Window | None
     nodes: list[fx.Node]
     results: list[fx.Node]
     sources: list[fx.Node]
-    axis: int = 0
     value: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.axis = self.axes[0]
 
     @property
     def size(self) -> int:
@@ -223,13 +218,11 @@ class DeadLayer:
         facts = [inference.facts.known.get(n) for n in self.results]
         if not used.issuperset(self.results) or not all(isinstance(f, Fact) and not f.plain for f in facts):
             return False
-        for axis in self.axes:
-            self.axis = axis
-            value = self._constant(inference)
-            if value is not None and (self.has_place or not bool(value.any())):
-                self.value = value if bool(value.any()) else None
-                return True
-        return False
+        value = self._constant(inference)
+        if value is None or (bool(value.any()) and not self.has_place):
+            return False
+        self.value = value if bool(value.any()) else None
+        return True
 
     def _constant(self, inference: Inference) -> Tensor | None:
         """What is needed of every call's result, if it is one known vector along :attr:`axis`."""
@@ -308,16 +301,12 @@ def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
         results = [n for nodes in calls.values() for n in nodes]
         if not results or any(len(nodes) != 1 for nodes in calls.values()) or None in sources:
             continue
-        first, window = _form(module)
-        if not isinstance(results[0].meta["tensor"], TensorMeta):
-            continue
-        ndim = len(shape_of(results[0]))
-        first -= ndim if first > 0 else 0
-        others = (axis for axis in range(-1, -1 - ndim, -1) if axis != first and window is None)
+        axis, window = _form(module)
+        if axis > 0 and isinstance(results[0].meta["tensor"], TensorMeta):
+            axis -= len(shape_of(results[0]))
         found = [n for n in sources if n is not None]
-        axes = [axis for axis in (first, *others) if _fits(axis, window, results, found)]
-        if axes:
-            yield DeadLayer(path, module, axes, window, [*ops, *owned], results, found)
+        if _fits(axis, window, results, found):
+            yield DeadLayer(path, module, axis, window, [*ops, *owned], results, found)
 
 
 def _source(number: int, ops: Sequence[fx.Node], own: set[fx.Node]) -> fx.Node | None:
@@ -334,7 +323,10 @@ def _form(module: nn.Module) -> tuple[int, Window | None]:
             tuple(int(p) for p in module.padding),
             module.dilation,
         )
-    return (1 if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else -1), None
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)):
+        return 1, None
+    wide = [axis for p in module.parameters(recurse=False) for axis in range(-p.ndim, 0) if p.shape[axis] > 1]
+    return wide[0] if len(set(wide)) == 1 else -1, None  # where its own parameters vary
 
 
 def _fits(axis: int, window: Window | None, results: Sequence[fx.Node], sources: Sequence[fx.Node]) -> bool:
@@ -343,7 +335,7 @@ def _fits(axis: int, window: Window | None, results: Sequence[fx.Node], sources:
         given, made = like.meta["tensor"], result.meta["tensor"]
         if not isinstance(given, TensorMeta) or not isinstance(made, TensorMeta) or given.dtype != made.dtype:
             return False
-        if -axis > len(made.shape) or len(given.shape) != len(made.shape):
+        if not 1 <= -axis <= len(made.shape) or len(given.shape) != len(made.shape):
             return False
         if _shape(given.shape, axis, made.shape[axis], window) != list(made.shape):
             return False
