@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -484,3 +485,24 @@ def test_zeros_take_images_of_any_size() -> None:
     ModelSpeedup(model, torch.randn(2, 3, 4, 4), masks).speedup_model()
     assert isinstance(model[2], Constant)
     check_equal(model, reference, (1, 3, 4, 4), (3, 3, 6, 5))
+
+
+@pytest.mark.parametrize("pool", [lambda x: x.mean((2, 3)), lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)])
+def test_a_mean_over_what_varies_towards_the_borders(pool: Callable[[Tensor], Tensor]) -> None:
+    """Behind padding a constant layer makes a map of the image's size, whose mean is no constant."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.o = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(pool(self.b(self.a(x)).relu()))
+
+    model = randomise(Pooled().eval(), (torch.randn(2, 3, 6, 6),))
+    masks = whole(model, "a.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 6, 6), masks, verify=False).speedup_model()
+    assert isinstance(model.a, Constant)
+    check_equal(model, reference, (1, 3, 6, 6), (3, 3, 9, 7))

@@ -76,13 +76,19 @@ def patch_forwards(edits: Edits, replay: Replay, calls: Mapping[str, Arguments])
         try:
             if _Patcher(edits, path, replay, arguments).run(found.get(kind)):
                 done.append(path)
-                found[kind] = type(module)
+                if _is_shared(type(module)):
+                    found[kind] = type(module)
             else:
                 edits.rollback(mark)
         except Exception as error:  # whatever the author's code raises: this module is left as it is
             log.info("no number could be changed in '%s': %s: %s", path, type(error).__name__, error)
             edits.rollback(mark)
     return done
+
+
+def _is_shared(cls: type) -> bool:
+    """Whether the replay sees all that a patched class does: which units of a table stay is each module's own."""
+    return all(patch.kind != "kept" for patch in getattr(cls, "generated_patches", ()))
 
 
 class _Patcher:

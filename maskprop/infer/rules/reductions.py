@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from maskprop.graph.graph import TensorMeta
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, everywhere, spread
 from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
-from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.convolution import Convolution
+from maskprop.infer.rules.registry import Rule, evaluate, find_rule, register
+from maskprop.infer.rules.spatial import PerChannel
 
 aten = torch.ops.aten
 # Which result says where an element was found.
@@ -64,6 +67,10 @@ class Reduction(Rule):
         known = all_over(fact.known, dims)
         if fact.nothing or not bool(known.any()):
             return super().known(op, facts)
+        if any(d >= 2 and fact.value().shape[d] > 1 for d in dims) and _is_image(op.inputs[0]):
+            # it varies by the distance to the borders, and images may have any size
+            unknown = tuple(Fact.unknown(0 if m is None else len(m.shape)) for m in op.results)
+            return unknown if op.several else unknown[0]
         results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())
         others = self._longer(op, fact, dims, results)
         folded = known.reshape([n for d, n in enumerate(known.shape) if d not in dims])
@@ -128,6 +135,13 @@ class Reduction(Rule):
         (fact,) = c.facts_of(op)
         live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
         c.end(labels, live, "is summed here")
+
+
+def _is_image(node: fx.Node) -> bool:
+    """Whether a value comes out of a convolution, a pooling or the like, with its axes in place since."""
+    while isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+        node = node.all_input_nodes[0] if node.all_input_nodes else node.graph._root
+    return isinstance(node.target, OpOverload) and isinstance(find_rule(node.target), (Convolution, PerChannel))
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
