@@ -76,11 +76,13 @@ class CompactMultiheadAttention(nn.MultiheadAttention):
         return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.unflatten(0, (3, -1))
+        biases: Any = (
+            (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.unflatten(0, (3, -1)).unbind()
+        )
         weights: Any
         packed: Tensor | None = self.in_proj_weight  # typed as always there
         if packed is not None:
-            weights = packed.unflatten(0, (3, -1))  # as many rows each, as the dense module has them
+            weights = packed.unflatten(0, (3, -1)).unbind()  # as many rows each, as the dense module has them
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))

@@ -200,12 +200,14 @@ class DeadLayer:
         if type(self.module).forward.__module__.startswith("torch.nn.modules."):
             return True
         metas = {n.meta["tensor"] for n in self.sources}
+        own = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
+        device = None if own is None else own.device
         others = [(m, d) for m in metas for d in range(len(m.shape)) if d != len(m.shape) + self.axis]
         with FakeTensorMode(allow_non_fake_inputs=True), frozen_state(self.module), torch.no_grad(), quiet():
             for meta, other in others:
                 longer = [n + (d == other) for d, n in enumerate(meta.shape)]
                 try:
-                    shape = list(self.module(torch.empty(longer, dtype=meta.dtype)).shape)
+                    shape = list(self.module(torch.empty(longer, dtype=meta.dtype, device=device)).shape)
                 except Exception as error:  # whatever an author's layer raises
                     log.info("'%s' does not take an input of shape %s: %s", self.path, longer, error)
                     return False

@@ -21,7 +21,7 @@ from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
 from maskprop.infer.rules.convolution import Convolution
 from maskprop.infer.rules.registry import Rule, evaluate, find_rule, register
-from maskprop.infer.rules.spatial import PerChannel
+from maskprop.infer.rules.spatial import PerChannel, varies
 
 aten = torch.ops.aten
 # Which result says where an element was found.
@@ -61,14 +61,15 @@ class Reduction(Rule):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact = facts[0]
-        if fact.plain:
-            return evaluate(op, facts)
         dims = self._dims(op)
         known = all_over(fact.known, dims)
+        space = [d for d in dims if d >= 2]
+        if space and not fact.nothing and _is_image(op.inputs[0]):
+            # what varies by the distance to the borders is another number for an image of another size
+            known = known & ~varies(fact.value(), space)
+        if fact.plain and bool(known.all()):
+            return evaluate(op, facts)
         if fact.nothing or not bool(known.any()):
-            return super().known(op, facts)
-        if any(d >= 2 and fact.value().shape[d] > 1 for d in dims) and _is_image(op.inputs[0]):
-            # it varies by the distance to the borders, and images may have any size
             unknown = tuple(Fact.unknown(0 if m is None else len(m.shape)) for m in op.results)
             return unknown if op.several else unknown[0]
         results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())

@@ -57,7 +57,7 @@ class PerChannel(Rule):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         fact, space = facts[0], self._space(op)
-        if fact.total and fact.plain:
+        if fact.plain and not (_is_adaptive(op) and bool(varies(fact.value(), space).any())):
             return evaluate(op, facts)
         ndim = len(op.shapes[0])
         rest = tuple(Fact.unknown(ndim) for _ in op.results[1:])
@@ -66,6 +66,9 @@ class PerChannel(Rule):
 
     def _first(self, op: Op, fact: Fact, space: list[int]) -> Fact:
         known = all_over(fact.known, space)
+        if _is_adaptive(op) and not fact.nothing:
+            # what varies by the distance to the borders is another number for an image of another size
+            known = known & ~varies(fact.value(), space)
         if not bool(known.any()):
             return Fact.unknown(known.ndim)
         value = fact.value()
@@ -74,15 +77,13 @@ class PerChannel(Rule):
             return Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
         meta = op.results[0]
         assert meta is not None
-        if not uniform and "adaptive" in op.target._schema.name:
-            return Fact.unknown(known.ndim)  # of what varies by the distance to the borders, that is for one size
         if torch.Size(meta.shape).numel() // meta.shape[0] > EAGER_LIMIT:
             return Fact.unknown(known.ndim)
         result = self._run(op, value, space, op.shapes[0])
         if uniform:
             # on a small dummy input a map may happen to be uniform, which says nothing of larger ones
             larger = self._run(op, value, space, [n + 8 if d in space else n for d, n in enumerate(op.shapes[0])])
-            known = known & (_varies(result, space) | ~_varies(larger, space))
+            known = known & (varies(result, space) | ~varies(larger, space))
         return Fact.of_value(result, known)
 
     @staticmethod
@@ -107,7 +108,11 @@ class PerChannel(Rule):
         return tuple(list(out) for _ in op.results) if op.several else out
 
 
-def _varies(value: Tensor, space: Sequence[int]) -> Tensor:
+def _is_adaptive(op: Op) -> bool:
+    return "adaptive" in op.target._schema.name
+
+
+def varies(value: Tensor, space: Sequence[int]) -> Tensor:
     """Whether a value varies over these axes, kept as size 1."""
     low, high = value.amin(list(space), keepdim=True), value.amax(list(space), keepdim=True)
     return (high - low) > 1e-12 * torch.maximum(high.abs(), low.abs())
