@@ -20,14 +20,17 @@ class Garbage:
     def __init__(self) -> None:
         self.due = False
         self._made = 0
+        self._limit = 0.0
+        self._collected = _full_collections()
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
         """No collection inside."""
         enabled = gc.isenabled()
-        if enabled and self.due:
+        if enabled and self.due and self._collected == _full_collections():
             gc.collect()
-            self.due, self._made = False, 0
+        if self._collected != _full_collections():  # by this, or by the caller since
+            self.due, self._made, self._collected = False, 0, _full_collections()
         gc.disable()
         try:
             yield
@@ -36,9 +39,16 @@ class Garbage:
                 if not gc.get_freeze_count():  # what a caller froze stays frozen
                     self._made += gc.get_count()[0]
                     gc.freeze()
-                    self.due = self._made > self.share * gc.get_freeze_count()
+                    if self._made > self._limit:  # counting takes as long as a small model's trace
+                        self._limit = self.share * gc.get_freeze_count()
+                        self.due = self._made > self._limit
                     gc.unfreeze()
                 gc.enable()
+
+
+def _full_collections() -> int:
+    """How many there have been in this process."""
+    return int(gc.get_stats()[-1]["collections"])
 
 
 GARBAGE = Garbage()

@@ -49,6 +49,15 @@ def test_garbage_is_collected_when_there_is_much_of_it() -> None:
     assert not garbage.due
 
 
+def test_what_the_caller_has_collected_is_not_collected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    garbage = Garbage()
+    garbage.due = True
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("there is nothing to collect"))
+    with garbage.ignored():
+        assert not garbage.due
+
+
 def test_what_the_caller_set_stays() -> None:
     gc.disable()
     try:

@@ -232,3 +232,27 @@ def test_claims_of_probes_are_listed(generator: torch.Generator, monkeypatch: py
     assert speedup.report.probes == ["axis 1 follows axis 1"]
     assert "probed        axis 1 follows axis 1" in str(speedup.report)
     assert speedup.report.to_dict()["probes"] == ["axis 1 follows axis 1"]
+
+
+class Auxiliary(nn.Module):
+    """A head that only training runs, and a layer whose weight is read without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(3, 3)
+        self.aux = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).relu()
+        if self.training:
+            return self.b(x) + self.aux(x)
+        return nn.functional.linear(self.b(x), self.read.weight)
+
+
+def test_modules_that_evaluation_does_not_run_are_named(generator: torch.Generator) -> None:
+    model = randomise(Auxiliary(), generator)
+    speedup = ModelSpeedup(model, torch.randn(2, 4, generator=generator), rows(model, "a", [1, 2]))
+    speedup.speedup_model()
+    assert (model.b.in_features, model.aux[0].in_features) == (6, 8)
+    assert speedup.report.idle == ["aux"] == speedup.report.to_dict()["idle"]
+    assert "not run       'aux'" in str(speedup.report)
