@@ -51,10 +51,10 @@ def section(results: Row) -> Iterator[str]:
 
 def _summary(models: dict[str, Row], peers: Row) -> Iterator[str]:
     for name, version in peers.items():
+        able = {model: row for model, row in models.items() if "seconds" in row["peers"].get(name, {})}
+        idle = [model for model, row in able.items() if _left_whole(row, name)]
         shares = {
-            model: row["warm"] / row["peers"][name]["seconds"]
-            for model, row in models.items()
-            if "seconds" in row["peers"].get(name, {})
+            model: row["warm"] / row["peers"][name]["seconds"] for model, row in able.items() if model not in idle
         }
         if version is None:
             yield f"* {name} was not installed."
@@ -63,12 +63,19 @@ def _summary(models: dict[str, Row], peers: Row) -> Iterator[str]:
             worst = max(shares, key=shares.__getitem__)
             yield (
                 f"* A speedup takes **{mean:.2f}** of the time of {name} {version} in the geometric mean over "
-                f"the {len(shares)} models that both can do; at most {shares[worst]:.2f} ({worst})."
+                f"the {len(shares)} models that both make smaller; at most {shares[worst]:.2f} ({worst})."
             )
+        if idle:
+            yield f"  It did not make {', '.join(idle)} smaller, so its time there does not count."
     if "ResNet-50" in models:
         row = models["ResNet-50"]
         yield f"* ResNet-50: **{row['warm'] / row['forward']:.1f}** dense forward passes."
     yield ""
+
+
+def _left_whole(row: Row, peer: str) -> bool:
+    """Whether a tool returned a model that is no smaller."""
+    return bool(row["peers"][peer]["parameters"] >= row["parameters"]["before"])
 
 
 def _time(models: dict[str, Row], peers: Row) -> Iterator[str]:
