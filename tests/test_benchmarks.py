@@ -62,8 +62,9 @@ RESULTS = {
     "peers": {"Torch-Pruning": "1.6.1", "torch-simplify": None},
     "rounds": 3,
     "models": {
-        "ResNet-50": row(1.0, peers={"Torch-Pruning": {"seconds": 4.0}}),
-        "Swin-T": row(2.0, peers={"Torch-Pruning": {"seconds": 2.0}}),
+        "ResNet-50": row(1.0, peers={"Torch-Pruning": {"seconds": 4.0, "parameters": 25}}),
+        "Swin-T": row(2.0, peers={"Torch-Pruning": {"seconds": 2.0, "parameters": 30}}),
+        "BERT-base": row(9.0, peers={"Torch-Pruning": {"seconds": 2.0, "parameters": 100}}),
         "GPT-2": row(1.0, peers={"Torch-Pruning": {"failure": "KeyError: 'c_attn'"}}),
         "Llama-1B": {"failure": "exit status -9: no output"},
     },
@@ -76,6 +77,7 @@ def test_page_of_the_engine() -> None:
     text = "\n".join(section(results))
     assert "**0.50** of the time of Torch-Pruning 1.6.1 in the geometric mean over the 2 models" in text
     assert "at most 1.00 (Swin-T)" in text
+    assert "did not make BERT-base smaller" in text
     assert "torch-simplify was not installed" in text
     assert "ResNet-50: **2.0** dense forward passes" in text
     assert "| Swin-T | 4 | 2 | 6 | 0.50 | 1.50 | — | — |" in text
