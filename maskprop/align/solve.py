@@ -4,11 +4,15 @@ Labels that are equal form *coupled groups*, the components of the equality edge
 leaves exactly if its outer or its inner unit leaves, so ``same row <=> same outer and same inner`` (congruence)
 joins further groups. What may leave is then the greatest fixed point of
 
-    may[outer] &= may[row];  may[inner] &= may[row] | removed[outer];  removed[row] = removed[outer] | removed[inner]
+    may[outer] &= may[row]
+    may[inner] &= may[row] | removed[outer] & may[outer]
+    removed[row] = removed[outer] | removed[inner]
 
-in which whole outer units (heads) win by themselves. An axis may be taken apart in several ways (groups before a
-channel shuffle and groups behind it): a row leaves by all of them or by none. Whatever breaks a shape is restored, and
-the solve repeats: it ends because ``may`` only ever falls.
+in which whole outer units (heads) win by themselves. An outer unit may be a row in turn, even of its own triple, and
+then excuses its inner ones only while it may leave: else the two would hold each other away for ever. An axis may be
+taken apart in several ways (groups before a channel shuffle and groups behind it): a row leaves by all of them or by
+none. Whatever breaks a shape is restored, and the solve repeats: it ends because what is removed may leave, and
+``may`` only ever falls.
 """
 
 from __future__ import annotations
@@ -143,7 +147,7 @@ class Solution:
             may = self.may.copy()
             np.logical_and.at(may, row, removed[outer] | removed[inner] | ~removed[row])
             np.logical_and.at(may, outer, may[row])
-            np.logical_and.at(may, inner, may[row] | removed[outer])
+            np.logical_and.at(may, inner, may[row] | (removed & self.may)[outer])
             if np.array_equal(may, self.may):
                 self.removed = removed
                 return
