@@ -29,7 +29,7 @@ from maskprop._extras import require
 from maskprop._torchvision import import_torchvision
 from maskprop.align.plan import Plan
 from maskprop.errors import LoadError, MissingExtraError, SaveError
-from maskprop.rewrite.attributes import lineage
+from maskprop.graph.paths import lineage
 from maskprop.rewrite.dead import Constant
 from maskprop.rewrite.steps import apply_record, obstacles, read_record, sub_record
 from maskprop.rewrite.verify import compare_outputs, run_model

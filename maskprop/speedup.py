@@ -210,8 +210,8 @@ class ModelSpeedup:
         """
         inference = self._inferred()
         with self._stage("align"):
-            # what users replace themselves they see as it is
-            dead = [] if self._customs else find_dead(self.model, self.graph, inference, self.inputs)
+            spared = self._customs.matching(self.model)  # what users replace themselves they see as it is
+            dead = find_dead(self.model, self.graph, inference, self.inputs, spared)
             alignment = align(inference, self.constants, self.channel_multiple)
         unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
         reference = None if unreadable or not self.verify else self._reference()
@@ -227,6 +227,7 @@ class ModelSpeedup:
             self.channel_multiple,
             self._customize,
             dead,
+            spared,
         )
         try:
             self.alignment = self._rewrite(repair, alignment, reference)

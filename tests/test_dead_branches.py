@@ -506,3 +506,45 @@ def test_a_mean_over_what_varies_towards_the_borders(pool: Callable[[Tensor], Te
     ModelSpeedup(model, torch.randn(2, 3, 6, 6), masks, verify=False).speedup_model()
     assert isinstance(model.a, Constant)
     check_equal(model, reference, (1, 3, 6, 6), (3, 3, 9, 7))
+
+
+# --- users' own replacements ------------------------------------------------------------------------------
+
+
+def test_a_replacement_elsewhere_spares_no_branch() -> None:
+    x, masks = torch.randn(2, 3, 8, 8), whole(convolutional(), "blocks.0.bn2.weight", "blocks.0.bn2.bias")
+    model = convolutional()
+    reference, replaced = masked_reference(model, masks), copy.deepcopy(model)
+    ModelSpeedup(model, x, masks).speedup_model()
+    ModelSpeedup(replaced, x, masks, customized_replace_func={nn.Linear: lambda module, leaf: module}).speedup_model()
+    assert count_parameters(replaced) == count_parameters(model) < count_parameters(reference)
+    check_equal(replaced, reference, (2, 3, 8, 8), (1, 3, 12, 10))
+
+
+class TakeLayer:
+    """A replacer that takes over one layer of the branch that leaves."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.seen = path, []
+
+    def replace_modules(self, speedup: ModelSpeedup) -> None:
+        module = speedup.model.get_submodule(self.path)
+        assert isinstance(module, nn.Conv2d), "it is as it was"
+        self.seen.append(tuple(module.weight.shape))
+        (given,), output, _ = speedup.masks_of(self.path)
+        sizes = [int((mask != 0).any(0).flatten(1).any(1).sum()) for mask in (given, output)]
+        new = nn.Conv2d(*sizes, module.kernel_size, module.stride, module.padding, bias=False)
+        speedup.replace_module(self.path, new)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2"])
+def test_what_is_replaced_stays_and_other_branches_leave(layer: str) -> None:
+    model = convolutional()
+    masks = whole(model, *(f"blocks.{i}.bn2.{name}" for i in (0, 2) for name in ("weight", "bias")))
+    reference = masked_reference(model, masks)
+    taken = TakeLayer(f"blocks.0.{layer}")
+    speedup = ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks, customized_replacers=[taken])
+    speedup.speedup_model()
+    assert all(isinstance(getattr(model.blocks[2], name), Constant) for name in ("conv1", "bn1", "conv2", "bn2"))
+    assert isinstance(model.get_submodule(taken.path), nn.Conv2d)
+    check_equal(model, reference, (2, 3, 8, 8), (1, 3, 12, 10))

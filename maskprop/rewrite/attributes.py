@@ -7,7 +7,7 @@ one around it, or of a helper inside it that equals the dense value is a candida
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx, nn
 from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
+from maskprop.graph.paths import lineage
 from maskprop.rewrite.apply import CONFIGS
 from maskprop.rewrite.patched import patched_settings
 from maskprop.rewrite.replay import Mismatch, Replay
@@ -173,9 +174,3 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if name in CONFIGS and not isinstance(value, (nn.Module, dict, type)) and hasattr(value, "__dict__"):
             for key, one in list(vars(value).items()):
                 yield f"{name}.{key}", settings.get(f"{name}.{key}", one)
-
-
-def lineage(path: str) -> Sequence[str]:
-    """The module and its ancestors, the nearest first."""
-    parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]

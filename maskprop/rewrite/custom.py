@@ -12,6 +12,7 @@ from maskprop.align.align import Alignment
 from maskprop.align.plan import Plan
 from maskprop.errors import ReplaceError
 from maskprop.graph.graph import Graph, shape_of
+from maskprop.graph.paths import within
 from maskprop.infer.facts import everywhere
 from maskprop.rewrite.edits import Edits
 
@@ -41,8 +42,9 @@ class Customs:
         self.replacers, self.functions = tuple(replacers), dict(functions)
         self.taken: list[str] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.replacers or self.functions)
+    def matching(self, model: nn.Module) -> set[str]:
+        """Paths of the modules for which there is a replace function."""
+        return {path for path, module in model.named_modules() if self._function(module) is not None}
 
     def apply(self, speedup: ModelSpeedup, edits: Edits, graph: Graph, alignment: Alignment) -> Plan:
         """Run replacers, then replace functions; the plan without the modules that they took over.
@@ -61,7 +63,7 @@ class Customs:
                 ) from error
         for path, module in list(edits.model.named_modules()):
             function = self._function(module)
-            if function is None or self.owns(path) or not _shrinks(alignment.plan, path):
+            if function is None or within(path, self.taken) or not _shrinks(alignment.plan, path):
                 continue
             try:
                 new = function(module, leaf_masks(graph, alignment, path))
@@ -79,10 +81,6 @@ class Customs:
             self.taken.append(path)
         return self._rest(alignment.plan)
 
-    def owns(self, path: str) -> bool:
-        """Whether a module belongs to one that was replaced."""
-        return any(path == t or path.startswith(t + ".") for t in self.taken)
-
     def _function(self, module: nn.Module) -> ReplaceFunction | None:
         for kind in type(module).__mro__:
             if kind in self.functions:
@@ -93,10 +91,10 @@ class Customs:
         if not self.taken:
             return plan
         return Plan(
-            shapes={k: v for k, v in plan.shapes.items() if not self.owns(k.rpartition(".")[0])},
-            keep={k: v for k, v in plan.keep.items() if not self.owns(k.rpartition(".")[0])},
-            add=[a for a in plan.add if not self.owns(a.name.rpartition(".")[0])],
-            new_bias={k: v for k, v in plan.new_bias.items() if not self.owns(k.rpartition(".")[0])},
+            shapes={k: v for k, v in plan.shapes.items() if not within(k, self.taken)},
+            keep={k: v for k, v in plan.keep.items() if not within(k, self.taken)},
+            add=[a for a in plan.add if not within(a.name, self.taken)],
+            new_bias={k: v for k, v in plan.new_bias.items() if not within(k, self.taken)},
             attributes=list(plan.attributes),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
+from maskprop.graph.paths import within
 from maskprop.graph.trace import Inputs, frozen_state, quiet, trace_partial
 from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
@@ -71,7 +72,9 @@ def _shape(like: Sequence[int], axis: int, size: int, window: Window | None) -> 
     return shape
 
 
-def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inputs) -> list[DeadLayer]:
+def find_dead(
+    model: nn.Module, graph: Graph, inference: Inference, inputs: Inputs, spared: Collection[str] = ()
+) -> list[DeadLayer]:
     """The layers that :class:`Constant` takes the place of; the inference then knows that they read nothing.
 
     Args:
@@ -79,13 +82,14 @@ def find_dead(model: nn.Module, graph: Graph, inference: Inference, inputs: Inpu
         graph: of it.
         inference: after its sweeps; its :attr:`~maskprop.infer.sweep.Inference.left` and needed facts change.
         inputs: the dummy input.
+        spared: modules whose layers stay.
 
     Returns:
         The layers; none if the author's forward reads what they would lose.
     """
     if graph.opaque or not any(_turns_constant(n, inference) for n in graph.ops):
         return []
-    layers = list(_layers(model, graph))
+    layers = [layer for layer in _layers(model, graph) if not within(layer.path, spared)]
     used = _live(graph)
     ends: list[DeadLayer] = []
     while True:
@@ -356,7 +360,7 @@ def _turns_constant(node: fx.Node, inference: Inference) -> bool:
     return constant and not all(known[n].total for n in node.all_input_nodes if isinstance(known[n], Fact))
 
 
-def _live(graph: Graph, results: Container[fx.Node] = (), needed: Container[fx.Node] | None = None) -> set[fx.Node]:
+def _live(graph: Graph, results: Collection[fx.Node] = (), needed: Collection[fx.Node] | None = None) -> set[fx.Node]:
     """Nodes that an output still depends on when these results depend on nothing.
 
     Args:
@@ -364,8 +368,10 @@ def _live(graph: Graph, results: Container[fx.Node] = (), needed: Container[fx.N
         results: of layers that are constant.
         needed: nodes that have elements which are needed; a product with zero needs no other factor.
     """
-    live: set[fx.Node] = set()
-    for node in reversed(graph.fx.nodes):
-        if (node.op == "output" or node in live) and node not in results:
-            live.update(n for n in node.all_input_nodes if needed is None or n in needed)
-    return live
+    import networkx as nx  # here, since it takes a while to import
+
+    reads = graph.dependencies()
+    reads.remove_edges_from(list(reads.in_edges([n.name for n in results])))
+    if needed is not None:
+        reads.remove_nodes_from([n.name for n in graph.fx.nodes if n.op != "output" and n not in needed])
+    return {reads.nodes[name]["node"] for name in nx.ancestors(reads, "output")}

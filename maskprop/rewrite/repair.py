@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -18,15 +18,16 @@ from maskprop.align.align import Alignment, align
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import ReplaceError, RewriteError
 from maskprop.graph.graph import Graph, shape_of
+from maskprop.graph.paths import lineage, within
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import Inputs
 from maskprop.infer.coupling import Cut, Pin
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
-from maskprop.rewrite.attributes import candidates_for, everywhere, lineage
+from maskprop.rewrite.attributes import candidates_for, everywhere
 from maskprop.rewrite.calls import recorded_calls
-from maskprop.rewrite.dead import DeadLayer, forget_dead, remove_dead
+from maskprop.rewrite.dead import DeadLayer, find_dead, forget_dead, remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
 from maskprop.rewrite.patch import patch_forwards
@@ -53,6 +54,7 @@ class Repair:
             constants, channel_multiple: see :func:`maskprop.align.align.align`.
         customize: applies users' replacements; returns the plan that is left and the paths they took over.
         dead: layers of constant branches, which lose their parameters.
+        spared: modules whose layers must not.
         may_generate: whether forwards may be generated.
         may_name: whether attributes that nothing reads may follow.
         taken: paths that users' replacements took over.
@@ -70,6 +72,7 @@ class Repair:
     channel_multiple: int = 1
     customize: Callable[[Alignment], tuple[Plan, list[str]]] | None = None
     dead: list[DeadLayer] = field(default_factory=list)
+    spared: set[str] = field(default_factory=set)
     may_generate: bool = True
     may_name: bool = True
     generated: dict[str, str] = field(default_factory=dict)
@@ -97,7 +100,13 @@ class Repair:
             self._treated.clear()
             self.replaced.clear()
             plan, taken = (alignment.plan, []) if self.customize is None else self.customize(alignment)
-            masks = {n: m for n, m in self.masks.items() if not any(f"{n}.".startswith(f"{t}.") for t in taken)}
+            spared = [layer.path for layer in self.dead if within(layer.path, taken)]
+            if spared:
+                log.info("the user replaces layers that would have become constants: %s", spared)
+                self.edits.rollback(mark)
+                alignment, pins = self.keep_dead(spared), []
+                continue
+            masks = {n: m for n, m in self.masks.items() if not within(n, taken)}
             apply_plan(self.edits, plan, masks)
             remove_dead(self.edits, self.dead, alignment)
             if alignment.plan.empty and not self.dead:
@@ -141,10 +150,11 @@ class Repair:
         self.edits.commit()
         self.customize = None
 
-    def keep_dead(self) -> Alignment:
-        """Go back to a plan in which the layers of constant branches keep their parameters."""
-        self.dead = []
+    def keep_dead(self, paths: Collection[str] = ("",)) -> Alignment:
+        """Go back to a plan in which the layers of constant branches keep their parameters, all or some of them."""
+        self.spared.update(paths)
         forget_dead(self.inference)
+        self.dead = find_dead(self.edits.model, self.graph, self.inference, self.inputs, self.spared)
         return align(self.inference, self.constants, self.channel_multiple)
 
     def _follow(self, alignment: Alignment, replay: Replay) -> Mismatch | None:
@@ -212,7 +222,7 @@ class Repair:
         """Raises: ReplaceError: the difference comes out of a module that a user's replacement put there."""
         sources = [] if mismatch.op is None else [str(n.meta.get("path")) for n in mismatch.op.all_input_nodes]
         for path in [mismatch.path, *sources]:
-            if any(f"{path}.".startswith(f"{t}.") for t in self.taken):
+            if within(path, self.taken):
                 raise ReplaceError(
                     f"the module that was put in place of '{path}' does not fit: {mismatch}. The model is unchanged. "
                     "Return a module whose tensors have the sizes that the masks say."
@@ -332,7 +342,7 @@ class Repair:
         """Pin what a module is called with, or else whatever leaves in it, or else around it."""
         for outer in lineage(path):
             given = [node for _, node in tensors_in(self.graph.calls.get(outer), kind=fx.Node)]
-            inside = [n for n in replay.ops if not outer or f"{n.meta['path']}.".startswith(f"{outer}.")]
+            inside = [n for n in replay.ops if within(str(n.meta["path"]), [outer])]
             for nodes in (given, inside):
                 found = [pin for node in nodes for pin in self._pin_node(alignment, node)]
                 if found:
