@@ -85,7 +85,7 @@ class Op:
     def run(self, *tensors: Tensor) -> Any:
         """Call the op again with other tensors in place of its inputs.
 
-        Where nothing is known of an integer or a bool, a fact's value is a floating zero, whatever it is joined with.
+        Facts hold zeros of whatever dtype where nothing is known, but ops tell whole, complex and other numbers apart.
         """
         values = iter(self._as_recorded(tensors))
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), lambda _: next(values))
@@ -94,11 +94,13 @@ class Op:
         return self.target(*args, **kwargs)
 
     def _as_recorded(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        dtypes = [node.meta["tensor"].dtype for node in self.inputs]
-        return [
-            t.to(dtype) if t.is_floating_point() and not (dtype.is_floating_point or dtype.is_complex) else t
-            for t, dtype in zip(tensors, dtypes, strict=True)
-        ]
+        found = []
+        for tensor, node in zip(tensors, self.inputs, strict=True):
+            dtype = node.meta["tensor"].dtype
+            if tensor.is_floating_point() and not dtype.is_floating_point:
+                tensor = tensor.to(torch.complex128 if dtype.is_complex else dtype)
+            found.append(tensor)
+        return found
 
     def __repr__(self) -> str:
         return f"{self.target} in '{self.path}'"

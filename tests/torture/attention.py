@@ -55,15 +55,11 @@ def attn(q, k, v, scale):
         "o.weight": (12, 6),
     },
 )
-class SqrtShape(nn.Module):
+class SqrtShape(Projections):
     """1/sqrt(d) computed from the shape"""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
         self.heads = 3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,15 +73,11 @@ class SqrtShape(nn.Module):
     HEAD,
     HEAD_GONE,
 )
-class DictCfg(nn.Module):
+class DictCfg(Projections):
     """sizes in a dict attribute"""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
         self.cfg = {"heads": 3, "size": (3, 4)}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,13 +97,9 @@ class Cfg:
     HEAD,
     HEAD_GONE,
 )
-class FrozenCfg(nn.Module):
+class FrozenCfg(Projections):
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
         self.conf = Cfg()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,13 +132,9 @@ class GlobalConst(Projections):
     HEAD,
     HEAD_GONE,
 )
-class PropAttr(nn.Module):
+class PropAttr(Projections):
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
         self.head_dim = 4
 
     @property

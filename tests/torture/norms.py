@@ -291,13 +291,9 @@ class BatchTimesHeads(Projections):
         "o.weight": (12, 9),
     },
 )
-class BatchTimesAttr(nn.Module):
+class BatchTimesAttr(Projections):
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(12, 12)
-        self.k = nn.Linear(12, 12)
-        self.v = nn.Linear(12, 12)
-        self.o = nn.Linear(12, 12)
         self.h = 4
 
     def forward(self, x: Tensor) -> Tensor:

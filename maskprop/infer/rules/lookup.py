@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over
 from maskprop.infer.op import Op
-from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.registry import Rule, evaluate, register, unknowns
 from maskprop.infer.rules.steps import Pick, Step, move_back, move_fact
 
 aten = torch.ops.aten
@@ -50,8 +50,7 @@ class EmbeddingBag(Rule):
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         if all(f.total for f in facts):
             return evaluate(op, facts)
-        rest = [Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:]]
-        return Fact.zeros(all_over(facts[0].zero, [0])), *rest
+        return Fact.zeros(all_over(facts[0].zero, [0])), *unknowns(op)[1:]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if any(bool(n.any()) for n in needed[1:]):

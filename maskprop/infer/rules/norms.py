@@ -19,7 +19,7 @@ from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
-from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
+from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register, unknowns
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ class BatchNorm(Rule):
         seen, _ = channel_constant(x)
         known = seen if weight is None else seen | weight.zero
         if not bool(known.any()):
-            return Fact.unknown(ndim), *_statistics(op)
+            return Fact.unknown(ndim), *unknowns(op)[1:]
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
         if bool(seen.any()) and mean is not None and var is not None and not self._on_batch(op):
@@ -65,7 +65,7 @@ class BatchNorm(Rule):
         if bias is not None:
             value = value + bias.value()
         first = Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
-        return first.map(lambda t: _on_channels(t, ndim)), *_statistics(op)
+        return first.map(lambda t: _on_channels(t, ndim)), *unknowns(op)[1:]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):
@@ -104,7 +104,7 @@ class GroupNorm(Rule):
         affine = _affine_only(op, facts, ndim).map(lambda t: _on_channels(t, ndim))
         whole = all_over(facts[0].known, [0, *range(2, ndim)]).expand(1, count, *[1] * (ndim - 2)).reshape(groups, -1)
         known = _on_channels(whole.all(1, keepdim=True).expand_as(whole).reshape(-1), ndim)
-        return _normalised(op, facts, known, range(ndim), affine), *_statistics(op)
+        return _normalised(op, facts, known, range(ndim), affine), *unknowns(op)[1:]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):
@@ -171,11 +171,6 @@ def _any(needed: Sequence[Tensor]) -> bool:
     return any(bool(n.any()) for n in needed)
 
 
-def _statistics(op: Op) -> tuple[Fact, ...]:
-    """Nothing is known of the saved statistics."""
-    return tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results[1:])
-
-
 @register(aten.native_layer_norm.default)
 class LayerNorm(Rule):
     """Statistics over the last axes, all of whose units stay."""
@@ -190,7 +185,7 @@ class LayerNorm(Rule):
         ndim = len(op.shapes[0])
         affine = _affine_only(op, facts, ndim).map(lambda t: lead(t, ndim))
         known = all_over(facts[0].known, self._axes(op))
-        return _normalised(op, facts, known, self._axes(op), affine), *_statistics(op)
+        return _normalised(op, facts, known, self._axes(op), affine), *unknowns(op)[1:]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):

@@ -26,7 +26,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, as_double, squash
 from maskprop.infer.op import Op
-from maskprop.infer.rules.registry import Rule
+from maskprop.infer.rules.registry import Rule, unknowns
 from maskprop.infer.sampling import Point, Runner, Sampler, aside, close, equal, is_float, same
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,7 @@ class Probe(Rule):
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         if all(f.plain for f in facts):
             return self._constants(op, facts)
-        unknown = [Fact.unknown(0 if m is None else len(m.shape)) for m in op.results]
-        found = self._attempt("known", lambda: self._known(op, facts)) or unknown
+        found = self._attempt("known", lambda: self._known(op, facts)) or unknowns(op)
         self.claims.known = sum(int(f.known.sum()) for f in found)
         return tuple(found) if op.several else found[0]
 

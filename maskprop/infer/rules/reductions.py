@@ -20,7 +20,7 @@ from maskprop.infer.facts import Fact, all_over, any_over, as_double, everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
 from maskprop.infer.rules.convolution import Convolution
-from maskprop.infer.rules.registry import Rule, evaluate, find_rule, register
+from maskprop.infer.rules.registry import Rule, evaluate, find_rule, register, unknowns
 from maskprop.infer.rules.spatial import PerChannel, varies
 
 aten = torch.ops.aten
@@ -70,8 +70,8 @@ class Reduction(Rule):
         if fact.plain and bool(known.all()):
             return evaluate(op, facts)
         if fact.nothing or not bool(known.any()):
-            unknown = tuple(Fact.unknown(0 if m is None else len(m.shape)) for m in op.results)
-            return unknown if op.several else unknown[0]
+            found = unknowns(op)
+            return found if op.several else found[0]
         results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())
         others = self._longer(op, fact, dims, results)
         folded = known.reshape([n for d, n in enumerate(known.shape) if d not in dims])
@@ -82,8 +82,7 @@ class Reduction(Rule):
                 made.append(Fact.unknown(len(meta.shape)))
                 continue
             k = (known if self._keeps_axes(op, meta) else folded) & _same(r, other)
-            value = torch.where(k, as_double(r), torch.zeros((), dtype=as_double(r).dtype))
-            made.append(Fact.of_value(value, k.expand(value.shape)))
+            made.append(Fact.of_value(as_double(r), k))
         return tuple(made) if op.several else made[0]
 
     def _longer(self, op: Op, fact: Fact, dims: Sequence[int], results: Any) -> list[Tensor]:
@@ -140,8 +139,8 @@ class Reduction(Rule):
 
 def _is_image(node: fx.Node) -> bool:
     """Whether a value comes out of a convolution, a pooling or the like, with its axes in place since."""
-    while isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
-        node = node.all_input_nodes[0] if node.all_input_nodes else node.graph._root
+    while isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags and node.all_input_nodes:
+        node = node.all_input_nodes[0]
     return isinstance(node.target, OpOverload) and isinstance(find_rule(node.target), (Convolution, PerChannel))
 
 

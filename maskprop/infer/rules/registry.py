@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._ops import OpOverload
 
 from maskprop.errors import RuleError
@@ -34,7 +34,7 @@ class Rule:
         """Facts of the result(s). Default: known if every input is wholly known."""
         if all(f.total for f in facts) and torch.Tag.nondeterministic_seeded not in op.target.tags:
             return evaluate(op, facts)
-        found = tuple(Fact.unknown(len(m.shape) if m is not None else 0) for m in op.results)
+        found = unknowns(op)
         return found if op.several else found[0]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -113,6 +113,11 @@ def find_rule(target: OpOverload) -> Rule | None:
     return rule
 
 
+def unknowns(op: Op) -> tuple[Fact, ...]:
+    """A fact for each result: nothing is known."""
+    return tuple(Fact.unknown(0 if m is None else len(m.shape)) for m in op.results)
+
+
 def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     """The op on wholly known inputs: run on them, now if masks touch them and it is cheap, else on demand."""
     ndims = [len(m.shape) if m is not None else 0 for m in op.results]
@@ -121,7 +126,7 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     def results() -> tuple[Tensor, ...]:
         if not cache:
             pairs = zip(facts, op.inputs, strict=True)
-            values = [_typed(f.value(), n).expand(shape_of(n)).contiguous() for f, n in pairs]
+            values = [f.value().expand(shape_of(n)).contiguous() for f, n in pairs]
             out = op.run(*values)
             cache.append(tuple(out) if op.several else (out,))
         return cache[0]
@@ -132,14 +137,6 @@ def evaluate(op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
     else:
         found = tuple(Fact.of_value(as_double(r)) if isinstance(r, Tensor) else Fact.unknown(0) for r in results())
     return found if op.several else found[0]
-
-
-def _typed(value: Tensor, node: fx.Node) -> Tensor:
-    """Zeros stand for every dtype, but ops tell whole, complex and other numbers apart."""
-    dtype = node.meta["tensor"].dtype
-    if dtype.is_floating_point or not value.is_floating_point():
-        return value
-    return value.to(torch.complex128 if dtype.is_complex else dtype)
 
 
 def some_needed(needed: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskprop.infer.coupling import Coupling, Labels
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, spread
 from maskprop.infer.op import Op
-from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
+from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register, unknowns
 
 aten = torch.ops.aten
 
@@ -59,10 +59,8 @@ class PerChannel(Rule):
         fact, space = facts[0], self._space(op)
         if fact.plain and not (_is_adaptive(op) and bool(varies(fact.value(), space).any())):
             return evaluate(op, facts)
-        ndim = len(op.shapes[0])
-        rest = tuple(Fact.unknown(ndim) for _ in op.results[1:])
         first = self._first(op, fact, space)
-        return (first, *rest) if op.several else first
+        return (first, *unknowns(op)[1:]) if op.several else first
 
     def _first(self, op: Op, fact: Fact, space: list[int]) -> Fact:
         known = all_over(fact.known, space)
