@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,41 +15,29 @@ from torch import Tensor, fx, nn
 from maskprop.align.align import Alignment, align
 from maskprop.align.plan import Plan
 from maskprop.errors import (
-    DummyInputError,
     MaskpropError,
     NonFiniteError,
     OptionError,
     RewriteError,
     StageError,
     UnverifiedWarning,
-    VerifyError,
     WrappedModelError,
 )
 from maskprop.explain import Explainer
 from maskprop.garbage import GARBAGE
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
-from maskprop.graph.trace import Inputs, Tracer, describe_inputs, split_inputs, trace, trace_partial
+from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.reasons import Explanation
 from maskprop.report import Report
-from maskprop.rewrite.apply import compact_tensor
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
 from maskprop.rewrite.dead import find_dead
 from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
-from maskprop.rewrite.reference import masked_values
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
-from maskprop.rewrite.verify import (
-    Reference,
-    another_batch,
-    first_difference,
-    fresh_inputs,
-    masked_runner,
-    run_model,
-    run_read,
-)
+from maskprop.rewrite.verification import Verification
 from maskprop.wrappers import find_wrapper
 
 log = logging.getLogger(__name__)
@@ -173,7 +160,7 @@ class ModelSpeedup:
             NonFiniteError: a masked parameter holds nan or infinity.
         """
         with self._stage("trace"):
-            self.graph = trace(self.model, self.inputs, self.tracer, self.masks.parameters)
+            self.graph = self._trace(self.inputs)
             self.graph.read = self.read
             insert_activation_masks(self.graph, self.model, self.masks.activations)
         masks = {self.graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
@@ -213,8 +200,7 @@ class ModelSpeedup:
             spared = self._customs.matching(self.model)  # what users replace themselves they see as it is
             dead = find_dead(self.model, self.graph, inference, self.inputs, spared)
             alignment = align(inference, self.constants, self.channel_multiple)
-        unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
-        reference = None if unreadable or not self.verify else self._reference()
+        verification = self._verification()
         before = Snapshot(self.model)
         self._edits = edits = Edits(self.model)
         repair = Repair(
@@ -230,7 +216,7 @@ class ModelSpeedup:
             spared,
         )
         try:
-            self.alignment = self._rewrite(repair, alignment, reference)
+            self.alignment = self._rewrite(repair, alignment, verification)
             changes = before.changes(self.model)
             if not self.plan.empty or repair.removed:
                 edits.set_attribute(self.model, RECORD, NewRecord(self.model, before, changes, self.plan))
@@ -294,58 +280,62 @@ class ModelSpeedup:
             )
         return self.inference
 
+    def _trace(self, inputs: Inputs) -> Graph:
+        return trace(self.model, inputs, self.tracer, self.masks.parameters)
+
     def _customize(self, alignment: Alignment) -> tuple[Plan, list[str]]:
         assert self._edits is not None
         self.alignment = alignment
         return self._customs.apply(self, self._edits, self.graph, alignment), list(self._customs.taken)
 
-    def _reference(self) -> Reference:
+    def _verification(self) -> Verification | None:
+        """What the result is held against; ``None`` where that was not asked for or nothing can be computed."""
+        unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
+        if unreadable or not self.verify:
+            return None
+        retrace = None if self.masks.activations else self._trace
         with self._stage("verify"):
-            try:
-                reference = Reference(self.graph, self._masked(self.graph), [self.inputs])
-            except MaskpropError:
-                raise
-            except Exception as error:
-                raise DummyInputError(
-                    f"the masked model does not run on the dummy input ({describe_inputs(self.inputs)}): "
-                    f"{type(error).__name__}: {error}. Check dtypes and devices with `model(*args, **kwargs)`."
-                ) from error
-            for tame in (False, True):
-                try:
-                    reference.add(fresh_inputs(self.inputs, self.generator, tame))
-                    break
-                except Exception as error:  # whatever a model raises for inputs that it is not made for
-                    log.info("the model does not take random inputs: %s: %s", type(error).__name__, error)
-        for name in reference.constant_outputs():
+            found = Verification(
+                self.model,
+                self.graph,
+                self.inference.masks,
+                self.inputs,
+                retrace,
+                self.batch_dim,
+                self.constants == "exact",
+                self.read,
+                self.generator,
+            )
+        for name in found.reference.constant_outputs():
             warnings.warn(
                 f"{name} of the masked model does not vary with the input (is a last layer zero?), so "
                 "comparing it proves nothing.",
                 UnverifiedWarning,
                 stacklevel=4,
             )
-        return reference
+        return found
 
-    def _rewrite(self, repair: Repair, alignment: Alignment, reference: Reference | None) -> Alignment:
+    def _rewrite(self, repair: Repair, alignment: Alignment, verification: Verification | None) -> Alignment:
         """Carry the alignment out and compare; with plainer means where the result turns out wrong."""
-        done, problem = self._attempt(repair, alignment, reference)
+        done, problem = self._attempt(repair, alignment, verification)
         if problem is not None and repair.dead:
             log.warning("%s Trying again with the layers of constant branches kept.", problem)
             repair.edits.rollback()
             alignment = repair.keep_dead()
-            done, problem = self._attempt(repair, alignment, reference)
+            done, problem = self._attempt(repair, alignment, verification)
         means = ("may_name", repair.unread), ("may_generate", repair.generated)
         for switch, used in means:
             if problem is not None and used:
                 log.warning("%s Trying again with %s=False.", problem, switch)
                 repair.edits.rollback()
                 setattr(repair, switch, False)
-                done, problem = self._attempt(repair, alignment, reference)
+                done, problem = self._attempt(repair, alignment, verification)
         if problem is not None:
             raise problem
         return done
 
     def _attempt(
-        self, repair: Repair, alignment: Alignment, reference: Reference | None
+        self, repair: Repair, alignment: Alignment, verification: Verification | None
     ) -> tuple[Alignment, MaskpropError | None]:
         with self._stage("rewrite"):
             try:
@@ -354,68 +344,12 @@ class ModelSpeedup:
                 if not repair.dead:
                     raise
                 return alignment, error
-        problem: MaskpropError | None = None if reference is None else self._compare(reference, repair.edits, done)
-        if reference is not None and problem is None and repair.generated:
-            another = self._other_reference(repair.edits)
-            problem = None if another is None else self._compare(another, repair.edits, done)
+        if verification is None:
+            return done, None
+        with self._stage("verify"):
+            problem = verification.problem(repair.edits, done, bool(repair.generated))
+            self.report.check = verification.check
         return done, problem
-
-    def _other_reference(self, edits: Edits) -> Reference | None:
-        """The masked model at another batch size, if it takes one: a generated forward must hold there too."""
-        if self.read is not None or self.masks.activations:
-            return None
-        inputs = another_batch(self.inputs, self.batch_dim)
-        with self._stage("verify"), edits.suspended():
-            try:
-                graph = trace(self.model, inputs, self.tracer, self.masks.parameters)
-                batch = fresh_inputs(inputs, self.generator)
-                return Reference(graph, self._masked(graph), [batch])
-            except Exception as error:  # whatever a model raises for inputs that it is not made for
-                log.info("the model does not run at another batch size: %s: %s", type(error).__name__, error)
-                return None
-
-    def _compare(self, reference: Reference, edits: Edits, alignment: Alignment) -> VerifyError | None:
-        """What the comparison with the masked model says; without exact constants, a difference is no problem."""
-        try:
-            with self._stage("verify"):
-                self.report.check = check = reference.compare(self._runner(alignment.plan))
-        except Exception as error:
-            return VerifyError(
-                f"after rewriting, the model fails with {type(error).__name__}: {error}. The model is "
-                "unchanged. Please report it with the model."
-            )
-        if check.passed or self.constants != "exact":
-            return None
-        where = ""
-        compact, failed, _ = trace_partial(self.model, self.inputs, self.graph.concrete)
-        if failed is None and self.read is None:
-            values = masked_values(self.graph, self.inference.masks)
-            with edits.suspended():
-                held = {name: values(name) for name in self.graph.state}
-            where = first_difference(self.graph, held.__getitem__, alignment, compact, self.inputs)
-        return VerifyError(
-            f"after rewriting, output '{check.output}' differs by {check.error:.1e} (tolerance "
-            f"{check.tolerance:.1e}){where}. The model is unchanged. "
-            "Please report it with the model; leave out the masks of that module, or pass verify=False if "
-            "you know better."
-        )
-
-    def _masked(self, graph: Graph) -> Callable[[Inputs], list[Tensor]]:
-        """Runs the masked model; as a model where the graph holds the branches of one input only."""
-        branches = graph.concrete and not self.masks.activations
-        return masked_runner(graph, self.inference.masks, self.model if branches else None)
-
-    def _runner(self, plan: Plan) -> Callable[[Inputs], list[tuple[str, Tensor]]]:
-        """Runs the compact model: on its own tensors, or on what the plan makes of those that are read."""
-        if self.read is None:
-            return partial(run_model, self.model)
-        dense, masks = self.read, self.inference.masks
-        biases = {name: value.to(tensor_of(self.model, name).dtype) for name, value in plan.new_bias.items()}
-
-        def read(name: str) -> Tensor:
-            return biases[name] if name in biases else compact_tensor(plan, name, dense(name), masks)
-
-        return partial(run_read, self.model, read)
 
     def explain(self, name: str, axis: int = 0) -> Explanation:
         """Why each unit of a parameter left or stayed.

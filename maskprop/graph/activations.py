@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from maskprop.errors import MaskShapeError, UnknownMaskError
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
+from maskprop.graph.paths import within
 from maskprop.graph.structure import tensors_in
 
 aten = torch.ops.aten
@@ -65,11 +66,7 @@ def _input(graph: Graph, model: nn.Module, path: str, which: str) -> fx.Node | N
 
 def _insert(graph: Graph, node: fx.Node, mask: Tensor, path: str, inside: bool) -> None:
     name = f"_activation_mask{len(graph.state)}"
-    readers = [
-        u
-        for u in node.users
-        if not inside or u.meta.get("path") == path or str(u.meta.get("path")).startswith(path + ".")
-    ]
+    readers = [u for u in node.users if not inside or within(str(u.meta.get("path")), [path])]
     meta = node.meta["tensor"]
     graph.state[name] = mask.to(dtype=meta.dtype)
     with graph.fx.inserting_after(node):
