@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -61,6 +62,7 @@ def peak_memory(run: Callable[..., T], *args: Any) -> tuple[T, int | None]:
     """
     if not Path("/proc/self/clear_refs").exists():
         return run(*args), None
+    gc.collect()  # what earlier runs left would be handed back meanwhile
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
