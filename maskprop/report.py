@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,10 @@ from torch import nn
 
 from maskprop.align.plan import Plan
 from maskprop.explain import Explainer
-from maskprop.graph.graph import Graph
 from maskprop.reasons import Kept
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import ModuleChange, Snapshot, count_bytes
+from maskprop.rewrite.training import idle_modules
 from maskprop.rewrite.verify import Check
 from maskprop.view.costs import count_flops, dense_shape
 
@@ -89,8 +89,9 @@ class Report:
         rules: how many ops each kind of rule served.
         opaque: ops that nothing is known about, so that the units they read were kept, with their modules.
         probes: what the numeric probe claims of each op that has no rule.
-        idle: modules with parameters that the traced pass, in evaluation mode, did not run. They keep their sizes,
-            though what training hands them (an auxiliary head) may have fewer units now.
+        auxiliary: modules with parameters that only training runs, cut to the units that stay.
+        idle: those that neither pass ran, or that could not follow. They keep their sizes, though what they are
+            handed may have fewer units now.
         concrete: whether real values were needed to trace: the branches taken are then those of the dummy
             input.
     """
@@ -109,6 +110,7 @@ class Report:
     rules: dict[str, int] = field(default_factory=dict)
     opaque: dict[str, list[str]] = field(default_factory=dict)
     probes: list[str] = field(default_factory=list)
+    auxiliary: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
     concrete: bool = False
     explainer: Explainer | None = field(default=None, repr=False, compare=False)
@@ -135,7 +137,8 @@ class Report:
         ]
         self.sweeps, self.solves = inference.facts.sweeps, alignment.solution.rounds
         self.rules = dict(inference.facts.rules)
-        self.idle = list(_idle(model, inference.graph))
+        self.auxiliary = list(repair.auxiliary)
+        self.idle = [p for p in idle_modules(model, inference.graph) if p not in self.auxiliary]
         self.concrete = inference.graph.concrete
         claims = (getattr(inference.rule(node), "claims", None) for node in inference.graph.ops)
         self.probes = list(dict.fromkeys(str(claim) for claim in claims if claim is not None))
@@ -241,6 +244,8 @@ class Report:
             for op, paths in self.opaque.items()
         ]
         lines += [f"probed        {claim}" for claim in self.probes]
+        if self.auxiliary:
+            lines.append(f"training      {_some(self.auxiliary)}: not evaluated, and cut to the units that stay")
         if self.idle:
             lines.append(f"not run       {_some(self.idle)}: no part of the evaluated model, so its sizes were kept")
         if self.repair is not None:
@@ -277,6 +282,7 @@ class Report:
             "rules": dict(self.rules),
             "opaque": {op: list(paths) for op, paths in self.opaque.items()},
             "probes": list(self.probes),
+            "auxiliary": list(self.auxiliary),
             "idle": list(self.idle),
             "concrete": self.concrete,
             "how": self.how,
@@ -354,19 +360,6 @@ def _layers(before: Snapshot, model: nn.Module) -> Any:
             sum(_numel(before.shapes[n]) for n in names if n in before.shapes),
             sum(now[n].numel() for n in names),
         )
-
-
-def _idle(model: nn.Module, graph: Graph) -> Iterator[str]:
-    """Paths of the outermost modules that have parameters of which the trace used none."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    above: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if not path or path in graph.calls or f"{path}.".startswith(above):
-            continue
-        own = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        if own and read.isdisjoint(graph.aliases.get(name, name) for name in own):
-            above = (*above, f"{path}.")
-            yield path
 
 
 def _numel(shape: tuple[int, ...]) -> int:

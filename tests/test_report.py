@@ -235,12 +235,12 @@ def test_claims_of_probes_are_listed(generator: torch.Generator, monkeypatch: py
 
 
 class Auxiliary(nn.Module):
-    """A head that only training runs, and a layer whose weight is read without calling it."""
+    """A head that only training runs, a layer whose weight is read without calling it, and one that nothing runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.read = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(3, 3)
-        self.aux = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+        self.aux, self.old = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.a(x).relu()
@@ -253,6 +253,8 @@ def test_modules_that_evaluation_does_not_run_are_named(generator: torch.Generat
     model = randomise(Auxiliary(), generator)
     speedup = ModelSpeedup(model, torch.randn(2, 4, generator=generator), rows(model, "a", [1, 2]))
     speedup.speedup_model()
-    assert (model.b.in_features, model.aux[0].in_features) == (6, 8)
-    assert speedup.report.idle == ["aux"] == speedup.report.to_dict()["idle"]
-    assert "not run       'aux'" in str(speedup.report)
+    assert (model.b.in_features, model.aux[0].in_features, model.old.in_features) == (6, 6, 8)
+    assert speedup.report.auxiliary == ["aux"] == speedup.report.to_dict()["auxiliary"]
+    assert speedup.report.idle == ["old"] == speedup.report.to_dict()["idle"]
+    assert "training      'aux'" in str(speedup.report)
+    assert "not run       'old'" in str(speedup.report)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from maskprop.align.constants import fold_constants, hold_constants, recount, rescale_means
+from maskprop.align.constants import fold_constants, hold_constants, recount, rescale_means, weight_of
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
@@ -111,17 +112,50 @@ def align(
     else:
         c, s = solved(cuts)
     states = _states(inference)
+    plan = _plan({name: node for name, node in states.items() if node not in inference.left}, c, s)
+    fold_constants(plan, c, s)
+    held = hold_constants(plan, inference.left.values(), c, s)
+    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s), held)
+
+
+def align_alike(inference: Inference, other: Inference, alignment: Alignment) -> Alignment | None:
+    """Let leave in one pass of a model just what left in another one, and what leaves with it.
+
+    Args:
+        inference: of the one pass, after its sweeps.
+        other: of the other pass.
+        alignment: what left there.
+
+    Returns:
+        What leaves, with the plan of both passes; ``None`` if units stay that share a group with units that left.
+    """
+    c = couple(inference, alignment.coupling.constants)
+    s, states, given = Solution(c, ()), _states(inference), []
+    for name, node in states.items():
+        known = alignment.states.get(name)
+        if known is None or known in other.left:
+            continue
+        for own, array in zip(c.labels_of(node), alignment.coupling.labels_of(known), strict=True):
+            if own is not None:
+                given.append((own, np.zeros(1, bool) if array is None else alignment.solution.leaves(array)))
+    if not s.follow(given):
+        return None
+    more = _plan({name: node for name, node in states.items() if name not in alignment.states}, c, s)
+    # no units were chosen to carry constants here
+    c.contractions = [k for k in c.contractions if k.place == "bias" and (weight_of(k) or ("",))[0] in more.keep]
+    fold_constants(more, c, s)
+    return Alignment(c, s, alignment.plan | more, states, rescale_means(Plan(), c, s) | recount(c, s))
+
+
+def _plan(states: Mapping[str, fx.Node], c: Coupling, s: Solution) -> Plan:
+    """What stays of the model's own tensors."""
     plan = Plan()
     for name, node in states.items():
-        if node in inference.left:
-            continue
         keeps = _keeps(c.labels_of(node), s)
         if keeps:
             plan.shapes[name] = shape_of(node)
             plan.keep[name] = keeps
-    fold_constants(plan, c, s)
-    held = hold_constants(plan, inference.left.values(), c, s)
-    return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s), held)
+    return plan
 
 
 def _worth(plain: tuple[Coupling, Solution], cut: tuple[Coupling, Solution]) -> frozenset[Cut]:

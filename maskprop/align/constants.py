@@ -63,6 +63,12 @@ def _is_convolution(op: Op) -> bool:
     return op.target._schema.name == "aten::convolution"
 
 
+def weight_of(k: Contraction) -> tuple[str, bool] | None:
+    """The parameter that a contraction multiplies by, and whether its axes are turned, if only such calls read it."""
+    node = k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1]
+    return weight_place(node, len(calls_alike(k.op.node)))
+
+
 def _weights(op: Op, c: Coupling) -> Tensor:
     """(G, O, I, *kernel) float64 masked weights of a contraction."""
     if _is_convolution(op):
@@ -95,8 +101,7 @@ def _fold_bias(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solutio
 
 def _fold_carrier(plan: Plan, k: Contraction, gone: Tensor, c: Coupling, s: Solution) -> Contraction:
     """Fold into the carrier's weights; the contraction with what is left for a bias."""
-    weight_node = k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1]
-    found = weight_place(weight_node, len(calls_alike(k.op.node)))
+    found = weight_of(k)
     assert found is not None
     name, turned = found
     leaves = torch.from_numpy(s.leaves(k.labels))

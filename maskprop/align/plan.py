@@ -8,6 +8,7 @@ round-trips through JSON.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,26 @@ class Plan:
                 full = [*tensor.shape[: keep.axis], keep.count, *tensor.shape[keep.axis + 1 :]]
                 tensor = tensor.gather(keep.axis, index.reshape(shape).expand(full))
         return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor.contiguous()
+
+    def __or__(self, other: Plan) -> Plan:
+        """Two plans for different tensors as one."""
+        return Plan(
+            self.shapes | other.shapes,
+            self.keep | other.keep,
+            self.add + other.add,
+            self.new_bias | other.new_bias,
+            self.attributes + other.attributes,
+        )
+
+    def only(self, belongs: Callable[[str], bool]) -> Plan:
+        """The part of the plan that is about some tensors and modules, told by their names."""
+        return Plan(
+            shapes={k: v for k, v in self.shapes.items() if belongs(k)},
+            keep={k: v for k, v in self.keep.items() if belongs(k)},
+            add=[a for a in self.add if belongs(a.name)],
+            new_bias={k: v for k, v in self.new_bias.items() if belongs(k)},
+            attributes=[a for a in self.attributes if belongs(a.module)],
+        )
 
     @property
     def empty(self) -> bool:

@@ -17,7 +17,7 @@ none. Whatever breaks a shape is restored, and the solve repeats: it ends becaus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -132,6 +132,20 @@ class Solution:
                     break
             else:
                 return
+
+    def follow(self, given: Iterable[tuple[Tensor, Bools]]) -> bool:
+        """Let leave just these labels, and the rows that leave with them; whether that can be.
+
+        Args:
+            given: arrays of labels, and whether each leaves (broadcastable).
+        """
+        leave, stay = np.zeros_like(self.may), np.zeros_like(self.may)
+        for labels, gone in given:
+            groups, gone = np.broadcast_arrays(self.groups_of(labels), gone)
+            leave[groups[gone]] = stay[groups[~gone]] = True
+        self.may = np.where(self._rows, ~stay, leave & ~stay)
+        self._fixed_point()
+        return bool(self.removed[leave].all()) and not self.removed[stay].any()
 
     def _fixed_point(self) -> None:
         row, outer, inner = self.triples.T if len(self.triples) else np.zeros((3, 0), dtype=np.int64)

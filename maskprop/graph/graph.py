@@ -90,6 +90,7 @@ class Graph:
         state: tensors behind the ``get_attr`` nodes, by target.
         aliases: other names of the same parameter or buffer -> the name used here.
         concrete: whether real values were computed (the branch taken is then this input's).
+        training: whether the author's modules ran in training mode.
         opaque: whether a tensor turned up that no recorded op made (``forward`` may have left torch in between).
         mutated: buffers that ``forward`` writes to.
         output_paths: where each output stands in what ``forward`` returns.
@@ -103,6 +104,7 @@ class Graph:
     state: dict[str, Tensor]
     aliases: dict[str, str] = field(default_factory=dict)
     concrete: bool = False
+    training: bool = False
     opaque: bool = False
     mutated: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)

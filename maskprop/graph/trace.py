@@ -118,14 +118,17 @@ def describe_inputs(inputs: Inputs) -> str:
     return ", ".join(shapes) or "no tensors"
 
 
-def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Graph, Exception | None, str]:
+def trace_partial(
+    model: nn.Module, inputs: Inputs, concrete: bool, training: bool = False
+) -> tuple[Graph, Exception | None, str]:
     """Record a forward pass that may fail: what was recorded, the exception, and the module path where it arose.
 
-    The exception comes without its traceback, whose frames would keep the model alive.
+    ``training`` is for the author's modules; torch's own layers are in evaluation mode whatever it is. The exception
+    comes without its traceback, whose frames would keep the model alive.
     """
     try:
         with quiet():
-            return _trace(model, inputs, concrete), None, ""
+            return _trace(model, inputs, concrete, training=training), None, ""
     except Exception as error:  # the caller reads it
         recorder = getattr(error, "_maskprop_recorder", None)
         if recorder is None:
@@ -135,9 +138,18 @@ def trace_partial(model: nn.Module, inputs: Inputs, concrete: bool) -> tuple[Gra
         return recorder.graph, error.with_traceback(None), recorder.last_path
 
 
-def _trace(model: nn.Module, inputs: Inputs, concrete: bool, masks: Mapping[str, Tensor] | None = None) -> Graph:
+def _trace(
+    model: nn.Module,
+    inputs: Inputs,
+    concrete: bool,
+    masks: Mapping[str, Tensor] | None = None,
+    training: bool = False,
+) -> Graph:
     with ExitStack() as stack:
         stack.enter_context(frozen_state(model))
+        if training:
+            for module in model.modules():
+                module.__dict__["training"] = not of_torch(type(module))
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
         stack.enter_context(not_compiled())
@@ -148,6 +160,7 @@ def _trace(model: nn.Module, inputs: Inputs, concrete: bool, masks: Mapping[str,
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             inputs = map_tensors(inputs, fake.from_tensor)
         recorder = Recorder(model, concrete, masks)
+        recorder.graph.training = training
         for i, (path, tensor) in enumerate(tensors_in(inputs)):
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs
@@ -228,6 +241,11 @@ def _no_mkldnn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+def of_torch(kind: type[nn.Module]) -> bool:
+    """Whether a module's forward is torch's own."""
+    return kind.forward.__module__.startswith("torch.nn.modules.")
 
 
 @contextmanager

@@ -79,24 +79,13 @@ class Customs:
                 )
             edits.set_module(path, new)
             self.taken.append(path)
-        return self._rest(alignment.plan)
+        return alignment.plan.only(lambda name: not within(name, self.taken)) if self.taken else alignment.plan
 
     def _function(self, module: nn.Module) -> ReplaceFunction | None:
         for kind in type(module).__mro__:
             if kind in self.functions:
                 return self.functions[kind]
         return self.functions.get(type(module).__name__)
-
-    def _rest(self, plan: Plan) -> Plan:
-        if not self.taken:
-            return plan
-        return Plan(
-            shapes={k: v for k, v in plan.shapes.items() if not within(k, self.taken)},
-            keep={k: v for k, v in plan.keep.items() if not within(k, self.taken)},
-            add=[a for a in plan.add if not within(a.name, self.taken)],
-            new_bias={k: v for k, v in plan.new_bias.items() if not within(k, self.taken)},
-            attributes=list(plan.attributes),
-        )
 
 
 def _shrinks(plan: Plan, path: str) -> bool:

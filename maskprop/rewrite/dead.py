@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.graph.paths import within
-from maskprop.graph.trace import Inputs, frozen_state, quiet, trace_partial
+from maskprop.graph.trace import Inputs, frozen_state, of_torch, quiet, trace_partial
 from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
@@ -201,7 +201,7 @@ class DeadLayer:
 
         Of a layer of torch's own that is known. An author's is called with inputs that are longer along one axis.
         """
-        if type(self.module).forward.__module__.startswith("torch.nn.modules."):
+        if of_torch(type(self.module)):
             return True
         metas = {n.meta["tensor"] for n in self.sources}
         own = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)

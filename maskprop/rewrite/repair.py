@@ -34,6 +34,7 @@ from maskprop.rewrite.patch import patch_forwards
 from maskprop.rewrite.patched import patched_settings
 from maskprop.rewrite.replay import Mismatch, Replay
 from maskprop.rewrite.roots import apply_roots, root_patches
+from maskprop.rewrite.training import follow_training
 from maskprop.rewrite.unread import unread_attributes
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Repair:
         generated: paths of the modules that got a generated forward, with the reason.
         unread: changes of attributes that name a size and that ``forward`` does not read.
         pinned: why units were kept after a solve.
+        auxiliary: paths of modules that only training runs, and that follow the others' sizes.
     """
 
     edits: Edits
@@ -80,6 +82,7 @@ class Repair:
     taken: list[str] = field(default_factory=list)
     unread: list[AttributeChange] = field(default_factory=list)
     pinned: list[str] = field(default_factory=list)
+    auxiliary: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
     _treated: set[str] = field(default_factory=set)
 
@@ -117,7 +120,10 @@ class Repair:
             mismatch = self._follow(alignment, replay)
             if mismatch is None:
                 self._keep_roots(replay)
-                return alignment
+                done, self.auxiliary = follow_training(
+                    self.edits, self.inference, self.inputs, alignment, replay.replaced
+                )
+                return done
             self._blame_custom(mismatch)
             log.info("units kept: %s", mismatch)
             self.edits.rollback(mark)

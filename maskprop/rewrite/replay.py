@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from maskprop.align.align import Alignment
 from maskprop.align.constants import number_at
 from maskprop.graph.graph import Graph, TensorMeta, is_op
+from maskprop.graph.paths import within
 from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.op import Op
 from maskprop.rewrite.arguments import number_arguments, settings_of
@@ -78,7 +79,7 @@ class Replay:
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
-        self.concrete = graph.concrete
+        self.concrete, self.training = graph.concrete, graph.training
         self._constants = {n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
         self._by_path: dict[str, list[fx.Node]] = {}
         self._position: dict[fx.Node, int] = {}
@@ -143,7 +144,7 @@ class Replay:
 
     def inside_replaced(self, path: str) -> bool:
         """Whether a module is, or belongs to, one that computes the same in another way."""
-        return any(path == r or path.startswith(r + ".") for r in self.replaced)
+        return within(path, self.replaced)
 
     def _expected(self, node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
         meta = node.meta["tensor"]
@@ -154,7 +155,7 @@ class Replay:
 
     def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
         """Trace ``model`` and return the first mismatch."""
-        graph, error, path = trace_partial(model, inputs, self.concrete)
+        graph, error, path = trace_partial(model, inputs, self.concrete, self.training)
         return self.compare(graph, error, path)
 
     def compare(

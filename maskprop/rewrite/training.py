@@ -1,0 +1,81 @@
+"""Let what only training runs follow: auxiliary heads, which read units that left the evaluated model.
+
+Their modules have no part in the trace of evaluation. A second trace, with the author's modules in training mode and
+torch's own layers as in evaluation, ties their tensors to those of which is known what left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from maskprop.align.align import Alignment, align_alike
+from maskprop.graph.graph import Graph
+from maskprop.graph.paths import within
+from maskprop.graph.trace import Inputs, trace_partial
+from maskprop.infer.sweep import Inference
+from maskprop.rewrite.apply import apply_plan
+from maskprop.rewrite.edits import Edits
+from maskprop.rewrite.replay import Replay
+
+log = logging.getLogger(__name__)
+
+
+def idle_modules(model: nn.Module, graph: Graph) -> Iterator[str]:
+    """Paths of the outermost modules that have parameters of which the trace used none."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        if not path or path in graph.calls or within(path, found):
+            continue
+        own = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        if own and read.isdisjoint(graph.aliases.get(name, name) for name in own):
+            found.add(path)
+            yield path
+
+
+def follow_training(
+    edits: Edits, inference: Inference, inputs: Inputs, alignment: Alignment, replaced: Sequence[str]
+) -> tuple[Alignment, list[str]]:
+    """Cut the tensors of modules that only training runs to the units that stay.
+
+    What they read of units that left is gone, unless it was a constant that a bias takes: evaluation did not need it.
+
+    Args:
+        edits: the model, compact by now, and its undo log.
+        inference: of the dense model in evaluation.
+        inputs: the dummy input.
+        alignment: what left.
+        replaced: see :class:`~maskprop.rewrite.replay.Replay`.
+
+    Returns:
+        The alignment, its plan with those tensors too, and the paths of the modules that follow.
+    """
+    idle = list(idle_modules(edits.model, inference.graph))
+    if not idle or inference.graph.concrete:
+        return alignment, []
+    with edits.suspended():
+        graph, error, _ = trace_partial(edits.model, inputs, concrete=False, training=True)
+        read = {str(n.target) for n in graph.fx.nodes if n.op == "get_attr"}
+        run = [path for path in idle if any(within(name, [path]) for name in read)]
+        if error is not None or not run:
+            log.info("what only training runs keeps its sizes: %s", error or "it did not run there either")
+            return alignment, []
+        masks = {graph.aliases.get(name, name): mask for name, mask in inference.masks.items()}
+        training = Inference(graph, masks, inference.mode, inference.confidence, inference.generator)
+        training.run()
+        alike = align_alike(training, inference, alignment)
+    if alike is None:
+        log.info("what only training runs keeps its sizes: it ties units that left to others")
+        return alignment, []
+    mark = edits.mark()
+    apply_plan(edits, alike.plan.only(lambda name: within(name, run)), {})
+    mismatch = Replay(graph, alike, replaced).run(edits.model, inputs)
+    if mismatch is not None:
+        log.info("what only training runs keeps its sizes: %s", mismatch)
+        edits.rollback(mark)
+        return alignment, []
+    return replace(alignment, plan=alike.plan), run
