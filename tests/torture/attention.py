@@ -462,3 +462,25 @@ class SizesByMath(nn.Module):
         y = nn.Softmax(dim=-1)(q @ k.transpose(2, 3) * 0.5) @ v
         width = (self.heads * self.size,)
         return self.o(y.transpose(1, 2).reshape(x.shape[:-1] + width))
+
+
+@case(
+    vectors(5, 12),
+    {"o.weight": (ALL, slice(4, 8))},
+    {"q.weight": (8, 12), "q.bias": (8,), "o.weight": (12, 8)},
+)
+class CopiedHeads(nn.Module):
+    """Two value heads, each copied for all query heads: single query heads leave, and their copies with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.q = nn.Linear(12, 12)
+        self.v = nn.Linear(12, 8)
+        self.o = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.heads, 4).transpose(1, 2)
+        gate, shift = (v.repeat(1, self.heads, 1, 1) for v in self.v(x).view(n, t, 2, 4).transpose(1, 2).chunk(2, 1))
+        return self.o((q * gate + shift).transpose(1, 2).reshape(n, t, -1))

@@ -14,7 +14,7 @@ from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, broadcast_shape, everywhere, lead, reduce_to, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, evaluate, register
-from maskprop.infer.rules.steps import Slice
+from maskprop.infer.rules.steps import Expand, Slice
 
 aten = torch.ops.aten
 
@@ -103,13 +103,12 @@ def _concatenate(tensors: Sequence[Tensor], sizes: Sequence[int], dim: int) -> T
 class Repeat(Rule):
     """Tile: ``repeat`` copies of each axis."""
 
-    def _tile(self, op: Op, t: Tensor) -> Tensor:
-        repeats = op.arg("repeats")
+    def _tile(self, t: Tensor, repeats: Sequence[int]) -> Tensor:
         t = lead(t, len(repeats))
         return t.repeat([r if n > 1 else 1 for r, n in zip(repeats, t.shape, strict=True)])
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        return facts[0].map(lambda t: self._tile(op, t))
+        return facts[0].map(lambda t: self._tile(t, op.arg("repeats")))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         n, repeats, shape = needed[0], op.arg("repeats"), op.shapes[0]
@@ -121,8 +120,12 @@ class Repeat(Rule):
         return [reduce_to(n, shape)]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
-        new = len(op.shape) - len(op.shapes[0])
-        return [None] * new + [moved(a, lambda t: self._tile(op, t)) for a in labels[0]]
+        # copies of a single unit are what ``expand`` makes: each as free as what it meets
+        repeats, shape = op.arg("repeats"), op.shapes[0]
+        lone = (1,) * (len(repeats) - len(shape)) + shape
+        expand = Expand(shape, tuple(r if n == 1 else n for r, n in zip(repeats, lone, strict=True)))
+        copies = [1 if n == 1 else r for r, n in zip(repeats, lone, strict=True)]
+        return [moved(a, lambda t: self._tile(t, copies)) for a in expand.couple(labels[0], c)]
 
 
 @register(aten.slice_scatter.default, aten.select_scatter.default)
