@@ -286,3 +286,22 @@ class Conv1dLike(nn.Module):
         n, t, p, c = h.shape
         h = h.permute(0, 3, 1, 2).reshape(n * c, t, p).mean(2).view(n, c, t).transpose(1, 2)
         return self.b(h)
+
+
+@case(
+    vectors(5, 12),
+    {"a.weight": ([0, 1, 4],), "a.bias": ([0, 1, 4],)},
+    {"a.weight": (5, 12), "a.bias": (5,), "b.weight": (4, 5)},
+)
+class EmptyMemory(nn.Module):
+    """What is joined holds nothing yet, but has the width of what it is joined with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.a = nn.Linear(12, 8)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x.new_zeros((len(x), 0, self.width)).unsqueeze(1)
+        return self.b(torch.cat([memory, F.relu(self.a(x)).unsqueeze(1)], 2).squeeze(1))

@@ -69,7 +69,7 @@ class Cat(Rule):
             if axis == dim:
                 out.append(self._along([ls[dim] for ls, _ in joined], [n for _, n in joined], dim, ndim, c))
                 continue
-            result, *others = (c.uniform(ls[axis], [dim]) for ls, _ in joined)
+            result, *others = (c.uniform(ls[axis], [dim]) for ls in inputs if len(ls) == ndim)
             for other in others:
                 result = c.equal(result, other)
             out.append(result)

@@ -79,8 +79,21 @@ class Reshape(Step):
     def couple(self, labels: Labels, c: Coupling) -> Labels:
         if all(a is None for a in labels):
             return [None] * len(self.dst)
+        if 0 in self.src:
+            return self._couple_empty(labels)
         middle = _atoms(self.src, self.dst)
         return _couple_reshape(_couple_reshape(labels, self.src, middle, c), middle, self.dst, c)
+
+    def _couple_empty(self, labels: Labels) -> Labels:
+        """Of a value without elements: the axes before and behind the first of size 0 that stay as they are."""
+        out: Labels = [None] * len(self.dst)
+        left, right = ([(i, n) for i, n in enumerate(shape) if n != 1] for shape in (self.src, self.dst))
+        for pairs in (zip(left, right, strict=False), zip(left[::-1], right[::-1], strict=False)):
+            for (i, n), (j, m) in itertools.takewhile(lambda pair: pair[0][1] == pair[1][1] != 0, pairs):
+                a = labels[i]
+                if a is not None and a.numel() == n:
+                    out[j] = a.reshape([m if axis == j else 1 for axis in range(len(self.dst))])
+        return out
 
 
 @dataclass(frozen=True)
