@@ -548,3 +548,27 @@ def test_what_is_replaced_stays_and_other_branches_leave(layer: str) -> None:
     assert all(isinstance(getattr(model.blocks[2], name), Constant) for name in ("conv1", "bn1", "conv2", "bn2"))
     assert isinstance(model.get_submodule(taken.path), nn.Conv2d)
     check_equal(model, reference, (2, 3, 8, 8), (1, 3, 12, 10))
+
+
+class Windows(nn.Module):
+    """Pools windows of four; the dummy input is too short for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled, self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.pooled(x)[:, : x.shape[1] // 4 * 4].unflatten(1, (-1, 4))
+        pooled = windows.mean(2) if windows.shape[1] else windows.new_zeros(len(x), 0, 8)
+        return torch.cat([pooled, self.fc2(F.relu(self.fc1(x)))], 1)
+
+
+def test_what_is_empty_for_the_dummy_input_needs_its_layer() -> None:
+    torch.manual_seed(0)
+    model = Windows().eval()
+    masks = {"fc1.weight": torch.tensor([0.0, 1, 1, 1, 0, 0, 1, 1])[:, None]}
+    masks["fc1.bias"] = masks["fc1.weight"][:, 0]
+    masked = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 8), masks).speedup_model()
+    assert model.fc1.weight.shape == (5, 8)
+    assert error(model, masked, torch.randn(2, 9, 8)) <= TOLERANCE

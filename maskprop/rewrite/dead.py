@@ -363,6 +363,8 @@ def _turns_constant(node: fx.Node, inference: Inference) -> bool:
 def _live(graph: Graph, results: Collection[fx.Node] = (), needed: Collection[fx.Node] | None = None) -> set[fx.Node]:
     """Nodes that an output still depends on when these results depend on nothing.
 
+    What holds no elements depends on nothing either: for an input of another size it may hold some.
+
     Args:
         graph: the recorded forward pass.
         results: of layers that are constant.
@@ -371,7 +373,13 @@ def _live(graph: Graph, results: Collection[fx.Node] = (), needed: Collection[fx
     import networkx as nx  # here, since it takes a while to import
 
     reads = graph.dependencies()
-    reads.remove_edges_from(list(reads.in_edges([n.name for n in results])))
+    ends = [*results, *(n for n in graph.fx.nodes if n.op == "call_function" and _holds_nothing(n))]
+    reads.remove_edges_from(list(reads.in_edges([n.name for n in ends])))
     if needed is not None:
         reads.remove_nodes_from([n.name for n in graph.fx.nodes if n.op != "output" and n not in needed])
     return {reads.nodes[name]["node"] for name in nx.ancestors(reads, "output")}
+
+
+def _holds_nothing(node: fx.Node) -> bool:
+    meta = node.meta["tensor"]
+    return isinstance(meta, TensorMeta) and 0 in meta.shape

@@ -274,3 +274,22 @@ class PromptMask(nn.Module):
         seen = torch.cat([prompt, x[:, :, 0] > 0], 1)
         seen = seen[:, :, None] & seen[:, None]
         return self.b(seen[:, 2:, 2:].float() @ F.relu(self.a(x)))
+
+
+@case(
+    lambda n, g: torch.randn(n, 12 if n == 3 else 5, 12, generator=g),
+    {"a.weight": ([0, 1],), "a.bias": ([0, 1],), "c.weight": ([0, 4],), "c.bias": ([0, 4],)},
+    {"a.weight": (7, 12), "a.bias": (7,), "c.weight": (7, 12), "c.bias": (7,), "b.weight": (4, 7)},
+)
+class WholeWindows(nn.Module):
+    """The dummy input fills no window: what is made of windows is empty, but not for inputs that are longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 8)
+        self.c = nn.Linear(12, 8)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.a(x)[:, : x.shape[1] // 8 * 8]
+        return self.b(F.relu(torch.cat([windows, self.c(x)], 1)))

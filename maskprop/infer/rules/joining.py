@@ -21,7 +21,11 @@ aten = torch.ops.aten
 
 @register(aten.cat.default, aten.stack.default)
 class Cat(Rule):
-    """Join along an axis: an old one for cat, a new one of size 1 for stack."""
+    """Join along an axis: an old one for cat, a new one of size 1 for stack.
+
+    What holds nothing yet (a cache, windows of an input that fills none) may hold something in another call: what is
+    zero of the result is zero there too, and what is needed of the result is needed there.
+    """
 
     def _dim(self, op: Op) -> int:
         return int(op.arg("dim", 0)) % len(op.shape)
@@ -30,7 +34,7 @@ class Cat(Rule):
         return t.unsqueeze(self._dim(op)) if op.target is aten.stack.default else t
 
     def _sizes(self, op: Op) -> list[int]:
-        """Of the inputs along the axis; 0 for the empty tensors that cat ignores, whatever their shape."""
+        """Of the inputs along the axis; 0 for the empty ones, of which cat ignores those of another rank."""
         if op.target is aten.stack.default:
             return [1] * len(op.shapes)
         return [s[self._dim(op)] if len(s) == len(op.shape) else 0 for s in op.shapes]
@@ -45,6 +49,9 @@ class Cat(Rule):
         if all(f.nothing for f in facts):
             return Fact.unknown(len(op.shape))
         known, zero = (self._join(op, list(parts)) for parts in zip(*((f.known, f.zero) for f in facts), strict=True))
+        for f, n in zip(facts, self._sizes(op), strict=True):
+            if n == 0 and f.zero.ndim == len(op.shape):
+                known = zero = zero & f.zero.all(self._dim(op), keepdim=True)
         return Fact(known, zero, lambda: self._join(op, [f.value() for f in facts]))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -54,7 +61,7 @@ class Cat(Rule):
             part = n if n.shape[dim] == 1 else n.narrow(dim, start, size)
             start += size
             if size == 0:
-                part = everywhere(False, len(shape))
+                part = n.any(dim, keepdim=True) if len(shape) == n.ndim else everywhere(False, len(shape))
             found.append(part.squeeze(dim) if op.target is aten.stack.default else part)
         return found
 

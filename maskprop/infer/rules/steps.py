@@ -136,7 +136,8 @@ class Slice(Step):
     """A part of an axis.
 
     Its bounds follow the units before them; whether ``forward`` can express that, the replay tells. Where it cannot,
-    halves stay halves, since their bounds are usually computed from the size.
+    halves stay halves, since their bounds are usually computed from the size. What is empty may hold anything of the
+    axis for an input of another size.
     """
 
     src: Shape
@@ -157,11 +158,15 @@ class Slice(Step):
         return (*[slice(None)] * self.dim, slice(self.start, self.stop, self.step))
 
     def move(self, t: Tensor) -> Tensor:
+        if t.shape[self.dim] > 1 and self._is_empty and t.dtype == torch.bool:
+            return t.all(self.dim, keepdim=True)
         return t if t.shape[self.dim] == 1 else t[self.index]
 
     def back(self, t: Tensor) -> Tensor:
         if self.dst == self.src:
             return t
+        if self._is_empty:
+            return t.any(self.dim, keepdim=True)
         shape = list(t.shape)
         shape[self.dim] = self.src[self.dim]
         out = torch.zeros(shape, dtype=torch.bool)
@@ -180,6 +185,10 @@ class Slice(Step):
             before = Slice(self.src, dim, 0, self.start)
             c.regular([moved(a, before.move) for a in labels], dim)
         return self._moved(labels, c)
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.dst[self.dim] == 0
 
     @property
     def _is_half(self) -> bool:
