@@ -508,6 +508,40 @@ def test_a_mean_over_what_varies_towards_the_borders(pool: Callable[[Tensor], Te
     check_equal(model, reference, (1, 3, 6, 6), (3, 3, 9, 7))
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x[:, [7, 1, 2, 3, 4, 5, 6, 0]],
+        lambda x: x.index_select(1, torch.arange(8)),
+        lambda x: F.layer_norm(x.movedim(1, -1), (8,)).movedim(-1, 1),
+        lambda x: F.group_norm(x, 2),
+        lambda x: F.conv2d(x, torch.arange(64.0).reshape(8, 8, 1, 1)),
+        lambda x: x.movedim(1, -1) @ torch.arange(64.0).reshape(8, 8),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: x.scatter(1, torch.zeros(1, 1, 1, 1, dtype=torch.int64), 2.0),
+        lambda x: x.cumsum(1),
+    ],
+    ids=["index", "index_select", "layer_norm", "group_norm", "conv", "matmul", "resize", "pool", "scatter", "cumsum"],
+)
+def test_shares_of_constants_depend_on_how_many_there_are(between: Callable[[Tensor], Tensor]) -> None:
+    """What is uniform stays so through ops that are run on constants: the softmax is another one for another width."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(between(self.a(x)).transpose(2, 3).softmax(2).amax(2)[..., :8, 0]) + x.mean()
+
+    model = randomise(Shares().eval(), (torch.randn(2, 3, 8, 8),))
+    masks = whole(model, "a.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks, verify=False).speedup_model()
+    check_equal(model, reference, (1, 3, 8, 8), (3, 3, 9, 12))
+
+
 # --- users' own replacements ------------------------------------------------------------------------------
 
 

@@ -87,10 +87,10 @@ def find_dead(
     Returns:
         The layers; none if the author's forward reads what they would lose.
     """
-    if graph.opaque or not any(_turns_constant(n, inference) for n in graph.ops):
+    used = _live(graph)
+    if graph.opaque or not any(_turns_constant(n, inference) for n in graph.ops if n in used):
         return []
     layers = [layer for layer in _layers(model, graph) if not within(layer.path, spared)]
-    used = _live(graph)
     ends: list[DeadLayer] = []
     while True:
         constant = (layer for layer in layers if layer not in ends and layer.turns_constant(inference, used))
@@ -349,11 +349,11 @@ def _fits(axis: int, window: Window | None, results: Sequence[fx.Node], sources:
 
 
 def _turns_constant(node: fx.Node, inference: Inference) -> bool:
-    """Whether masks make all that is needed of an op's result known, though its inputs are not."""
+    """Whether masks make all that is needed of an op's result known, if anything is, though its inputs are not."""
     known, needed = inference.facts.known, inference.facts.needed
     fact, need = known.get(node), needed.get(node)
     facts, needs = (fact, need or [None] * len(fact)) if isinstance(fact, tuple) else ((fact,), [need])
-    constant = any(
+    constant = node not in needed or any(
         f is not None and not f.plain and (f.total or (n is not None and not f.nothing and bool((f.known | ~n).all())))
         for f, n in zip(facts, needs, strict=True)
     )

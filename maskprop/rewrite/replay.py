@@ -138,7 +138,7 @@ class Replay:
             return True
         if node.target is aten.t.default and node.all_input_nodes[0].op == "get_attr":
             return True  # a linear's own weight: with a new bias it is turned later
-        if node.target is aten.add.Tensor and any(str(n.target) in self._new_biases for n in node.all_input_nodes):
+        if node.target is aten.add.Tensor and _adds_bias(node):
             return True  # a linear of what is not contiguous adds its bias apart
         return self.inside_replaced(str(node.meta["path"]))
 
@@ -303,6 +303,12 @@ def _made(node: fx.Node) -> fx.Node:
     while (node.target in _LAYOUT or node.target in _RESHAPES) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
+
+
+def _adds_bias(node: fx.Node) -> bool:
+    """Whether a sum adds one of the model's vectors to a product of matrices."""
+    vectors = [n for n in node.all_input_nodes if n.op == "get_attr" and len(n.meta["tensor"].shape) == 1]
+    return bool(vectors) and any(_made(n).target is aten.mm.default for n in node.all_input_nodes)
 
 
 def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:

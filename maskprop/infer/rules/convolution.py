@@ -56,15 +56,15 @@ class Convolution(Rule):
         return cut.transpose(1, 2) if transposed else cut
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if all(f.total for f in facts):
+        x, weight = facts[0], facts[1]
+        ndim = len(op.shape)
+        groups, transposed, ragged = self._layout(op)
+        if all(f.plain for f in facts) or (all(f.total for f in facts) and not bool(channel_constant(x)[ragged].all())):
             result = evaluate(op, facts)
             assert isinstance(result, Fact)
             return result
-        x, weight = facts[0], facts[1]
-        ndim = len(op.shape)
         if not weight.total:
             return Fact.unknown(ndim)
-        groups, transposed, ragged = self._layout(op)
         nz = self._pattern(weight, op)
         space = tuple(range(2, ndim))
         seen, zero = (where.flatten(1) for where in constant_over(x, space))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.infer.coupling import Coupling, Labels, moved
-from maskprop.infer.facts import Fact, all_over, any_over
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, spread
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import Rule, evaluate, register, unknowns
 from maskprop.infer.rules.steps import Pick, Step, move_back, move_fact
@@ -101,13 +101,17 @@ class _Lookup(Rule):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
         axes, fact, steps = self._axes(op), facts[0], self._steps(op)
-        if all(f.total for f in facts):
-            return evaluate(op, facts)
         if steps is not None:
             return move_fact(fact, steps)
+        total = all(f.total for f in facts)
+        if total and (axes is None or all(f.plain for f in facts)):
+            return evaluate(op, facts)
         if axes is None or fact.nothing:
             return Fact.unknown(len(op.shape))
         looked = [i for i in range(len(op.shapes[0])) if i not in axes]
+        if total:  # along the other axes the result varies no more than the source does
+            indices = [f.value().expand(shape) for f, shape in zip(facts[1:], op.shapes[1:], strict=True)]
+            return Fact.of_value(as_double(op.run(spread(fact.value(), looked, op.shapes[0]), *indices)))
         if not fact.plain and all(fact.known.shape[i] == fact.value().shape[i] == 1 for i in looked):
             return fact.map(lambda t: self._pass(all_over(t, looked) if t.dtype == torch.bool else t, axes))
         return Fact.zeros(self._pass(all_over(fact.zero, looked), axes))

@@ -12,6 +12,7 @@ Algebra, as boolean products over the summed axis k (nz = may be non-zero, known
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, is_weight, weight_place
 from maskprop.infer.rules.convolution import same_in_all_calls, unit_constants
 from maskprop.infer.rules.pointwise import broadcast_labels
-from maskprop.infer.rules.registry import Rule, evaluate, register
+from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
 
 aten = torch.ops.aten
 
@@ -84,7 +85,8 @@ class MatMul(Rule):
         return o, a.map(o.lift_a) if o.row else a, b.map(o.lift_b) if o.column else b
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        if all(f.total for f in facts):
+        large = math.prod(op.shape) > EAGER_LIMIT
+        if all(f.plain for f in facts) or (large and all(f.total for f in facts)):
             result = evaluate(op, facts)
             assert isinstance(result, Fact)
             return result
@@ -142,11 +144,11 @@ class MatMul(Rule):
 
     def _terminate(self, op: Op, labels: Tensor, c: Coupling) -> None:
         """Which summed units the op lets go."""
-        _, a, b = self._factors(op, c.facts_of(op))
+        o, a, b = self._factors(op, c.facts_of(op))
         live = self._live(op, c, ~a.zero)
         if c.constants == "drop":
             live = live & ~a.known
-        elif b.total and not a.total and len(op.shape) == 2 and live.shape[0] == 1:
+        elif b.total and not a.plain and not is_weight(op.inputs[o.a]) and len(op.shape) == 2 and live.shape[0] == 1:
             live = live & ~self._leave_constants(op, labels, live.reshape(-1), c)
         c.end(labels, live, "is read here")
 

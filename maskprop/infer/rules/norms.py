@@ -49,11 +49,13 @@ class BatchNorm(Rule):
         return bool(op.arg("training", False)) or op.position("running_mean") is None
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        if all(f.total for f in facts):
-            return evaluate(op, facts)
         x, weight, bias = facts[0], _affine(op, facts, "weight"), _affine(op, facts, "bias")
+        if all(f.plain for f in facts):
+            return evaluate(op, facts)
         ndim = len(op.shapes[0])
         seen, _ = channel_constant(x)
+        if all(f.total for f in facts) and not bool(seen.all()):  # maps that vary by the distance to the borders
+            return evaluate(op, facts)
         known = seen if weight is None else seen | weight.zero
         if not bool(known.any()):
             return Fact.unknown(ndim), *unknowns(op)[1:]
@@ -98,7 +100,7 @@ class GroupNorm(Rule):
     """Statistics over a group's channels and space: a group leaves whole or stays whole."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        if all(f.total for f in facts):
+        if all(f.plain for f in facts):
             return evaluate(op, facts)
         ndim, count, groups = len(op.shapes[0]), op.shapes[0][1], op.arg("group")
         affine = _affine_only(op, facts, ndim).map(lambda t: _on_channels(t, ndim))
@@ -180,7 +182,7 @@ class LayerNorm(Rule):
         return list(range(ndim - len(op.arg("normalized_shape")), ndim))
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        if all(f.total for f in facts):
+        if all(f.plain for f in facts):
             return evaluate(op, facts)
         ndim = len(op.shapes[0])
         affine = _affine_only(op, facts, ndim).map(lambda t: lead(t, ndim))
