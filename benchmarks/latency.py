@@ -8,6 +8,7 @@
 Half of every coupled group of channels and half of the heads leave (L1 norm, ``maskprop.pruning``); with
 ``channel_multiple`` of 8, 16 or 64 a few more stay, so that the widths suit the hardware. *Natively thin* is the same
 architecture built from new modules at the compact widths: a compact model should be as fast, since it is the same work.
+Whether it is, is also told without a clock: by comparing the ATen calls of both.
 
 Each model runs in a process of its own. Within a setting (device, mode, dtype, layout, batch) dense, compact and thin
 take turns, so that a machine that slows down slows all of them; shown are medians of the turns and the distance
@@ -36,6 +37,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import page
@@ -140,6 +143,32 @@ def count_flops(model: nn.Module, inputs: dict[str, Any]) -> int:
     return int(counter.get_total_flops())
 
 
+class _Calls(TorchDispatchMode):
+    """Notes every ATen call: the op, and its arguments; of tensors shape, strides, dtype and alignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments, _ = tree_flatten((args, kwargs or {}))
+        self.made.append((str(func), [_seen(a) for a in arguments]))
+        return func(*args, **(kwargs or {}))
+
+
+def _seen(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return tuple(value.shape), value.stride(), value.dtype, value.data_ptr() % 64
+
+
+def calls(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+    """The ATen calls of one forward pass: where two models make the same ones, a clock cannot tell them apart."""
+    with torch.no_grad(), _Calls() as noted:
+        call(model, inputs)
+    return noted.made
+
+
 # --- the clock --------------------------------------------------------------------------------------------
 
 
@@ -203,6 +232,9 @@ def work(name: str, options: argparse.Namespace) -> None:
         key: {"flops": count_flops(model, sample), "parameters": sum(p.numel() for p in model.parameters())}
         for key, model in models.items()
     }
+    for multiple in options.multiples:
+        pair = [calls(models[kind, multiple], sample) for kind in ("compact", "thin")]
+        facts["compact", multiple] |= {"calls": len(pair[0]), "same_calls": pair[0] == pair[1]}
     for device, dtype, layout in settings(name, options):
         placed = {key: place(model, device, dtype, layout) for key, model in models.items()}
         for mode in options.modes:

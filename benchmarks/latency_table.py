@@ -92,6 +92,13 @@ def _summary(rows: list[Row]) -> Iterator[str]:
             f"* Compact and natively thin: {near} of {len(shares)} measurements within 3 % of each other, median of "
             f"the ratios {statistics.median(shares):.3f}, from {min(shares):.2f} to {max(shares):.2f}."
         )
+    pairs = {(row["model"], row["multiple"]): row["same_calls"] for row in rows if "same_calls" in row}
+    if pairs:
+        yield (
+            f"* In {sum(pairs.values())} of {len(pairs)} pairs the compact model makes call for call the ATen calls "
+            "of the thin one: the same ops on tensors of the same shapes, strides, dtypes and alignment. What a clock "
+            "shows between such models is the noise of the measurement."
+        )
     for multiple in sorted({row["multiple"] for row in rows if row["kind"] == "compact"}):
         gains, part = [], []
         for (model, kind, m, setting), row in by_key.items():

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import coverage, engine, machine, scaling, zoo_peer_table
+from benchmarks import coverage, engine, latency, machine, scaling, zoo_peer_table
 from benchmarks.coverage_table import write_table
 from benchmarks.engine_table import section
 from benchmarks.subjects import SUBJECTS, half, rows
 from maskprop import load_masks
+from tests.small import compact, dense, inputs
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -160,3 +161,14 @@ def test_coverage_page_puts_torch_pruning_beside_ours() -> None:
     assert "leaves more parameters than it does in **1 of\n  3** rows, and fewer in 1." in text
     assert "| timm | d | default | fails: KeyError: 'x' |  | 100 | 30 |  |  |" in text
     assert not list(zoo_peer_table.section([]))
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit", "bert", "llama"])
+def test_a_compact_model_does_the_work_of_a_thin_one(name: str) -> None:
+    """Call for call, on tensors laid out alike: that is what makes it as fast, whatever a clock shows."""
+    small = compact(name)
+    given = inputs(name)
+    sample = given if isinstance(given, dict) else {"": given}
+    made = latency.calls(small, sample)
+    assert made == latency.calls(latency.natively_thin(small), sample)
+    assert made != latency.calls(dense(name), sample)
