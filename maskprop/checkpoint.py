@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from maskprop._directory import appearing
 from maskprop.errors import LoadError, SaveError
+from maskprop.graph.randomness import generators_kept
 from maskprop.hf import (
     BUFFERS,
     PLAN,
@@ -206,7 +207,7 @@ class Checkpoint:
 
 def _skeleton(cls: type[Any], config: Any) -> tuple[Any, dict[str, Tensor]]:
     """The model on the meta device, and the values of the tensors that no checkpoint holds."""
-    with _parameters_on_meta(), torch.random.fork_rng(devices=[]), _default_dtype(config.dtype):
+    with _parameters_on_meta(), generators_kept(), _default_dtype(config.dtype):
         model = cls(config).eval()
     model.tie_weights()
     buffers = {name: t.clone() for name, t in hidden_buffers(model).items()}

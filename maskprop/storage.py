@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from maskprop import __version__
 from maskprop.errors import ArchitectureError, LoadError, SaveError
+from maskprop.graph.randomness import generators_kept
 from maskprop.rewrite.steps import apply_record, obstacles, read_record
 
 log = logging.getLogger(__name__)
@@ -320,14 +321,14 @@ def _read_weights(target: Path, device: str | torch.device) -> dict[str, Tensor]
 def _build(factory: Callable[[], nn.Module]) -> nn.Module:
     """The dense architecture, on the meta device where it can be built there."""
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), generators_kept():
             model = factory()
         if not any(_hidden_meta(m) for m in model.modules()):
             return model
         log.info("the factory keeps tensors in containers, which a plan does not hold; building it for real")
     except Exception as error:  # any failure on meta only means that it has to be built for real
         log.info("the factory does not run on the meta device (%s: %s)", type(error).__name__, error)
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         return factory()
 
 

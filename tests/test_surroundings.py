@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,3 +195,37 @@ def test_adapters(generator: torch.Generator) -> None:
         merged = model.merge_and_unload()
         assert_close(merged(fresh).logits, expected)
     assert merged.model.layers[0].mlp.gate_proj.out_features == 36
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation too, from every generator there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.aux = nn.Linear(8, 3)  # so that it is also traced in training mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 + 0 * (random.random() + np.random.rand())
+        x = self.a(x + torch.randn_like(x)).relu() * scale
+        return self.b(x) + self.aux(x) if self.training else self.b(x)
+
+
+def test_models_that_draw_random_numbers(generator: torch.Generator) -> None:
+    """They are compared on equal draws, and the caller's generators do not notice."""
+    model = Noisy().eval()
+    randomise(model, generator)
+    keep = (torch.arange(8) % 2).float()
+    x, masks = torch.randn(2, 4, generator=generator), {"a.weight": keep[:, None], "a.bias": keep}
+    torch.manual_seed(3)
+    expected = masked(model, masks, x)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    speedup = ModelSpeedup(model, x, masks)
+    speedup.speedup_model()
+    assert (model.a.out_features, model.aux.in_features) == (4, 4)
+    assert speedup.report.check is not None
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    torch.manual_seed(3)
+    assert_close(model(x), expected)

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from maskprop.errors import DummyInputError, MaskpropError, TraceError
 from maskprop.graph.caches import caches_emptied
 from maskprop.graph.graph import Graph
+from maskprop.graph.randomness import generators_kept
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
 
@@ -153,7 +154,6 @@ def _trace(
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
         stack.enter_context(not_compiled())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
         if any(p.is_meta for p in model.parameters()):
             inputs = map_tensors(inputs, lambda t: t.to("meta"))
         elif not concrete:
@@ -250,7 +250,10 @@ def of_torch(kind: type[nn.Module]) -> bool:
 
 @contextmanager
 def frozen_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were."""
+    """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were.
+
+    So are the generators (see :func:`generators_kept`): to be entered before modes that make tensors fake.
+    """
     before: list[tuple[Any, Any]] = []
     empty: list[Any] = []  # most of a module's tables are
     for module in model.modules():
@@ -266,7 +269,7 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
             module.__dict__["training"] = False
     written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     try:
-        with caches_emptied(model):
+        with caches_emptied(model), generators_kept():
             yield
     finally:
         with torch.no_grad():

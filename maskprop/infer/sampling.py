@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, fx
 
+from maskprop.graph.randomness import generators_kept
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
 from maskprop.infer.rules.registry import EAGER_LIMIT
@@ -108,7 +109,7 @@ def aside() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(generators_kept())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield

@@ -131,7 +131,6 @@ def collecting(
 
     with ExitStack() as stack:
         stack.enter_context(frozen_state(model))
-        stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.set_grad_enabled(bool(needs & _GRADIENTS)))
         if "hessian" in needs:  # fused attention has no second derivative
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))

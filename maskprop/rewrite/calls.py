@@ -94,7 +94,7 @@ def _opaque_arguments(
             handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     if handles:
         try:
-            with frozen_state(model), torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
+            with frozen_state(model), torch.no_grad(), plain_kernels():
                 if concrete:
                     args, kwargs = copy.deepcopy(inputs)
                     model(*args, **kwargs)

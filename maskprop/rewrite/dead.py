@@ -207,7 +207,7 @@ class DeadLayer:
         own = next((t for t in (*self.module.parameters(), *self.module.buffers())), None)
         device = None if own is None else own.device
         others = [(m, d) for m in metas for d in range(len(m.shape)) if d != len(m.shape) + self.axis]
-        with FakeTensorMode(allow_non_fake_inputs=True), frozen_state(self.module), torch.no_grad(), quiet():
+        with frozen_state(self.module), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet():
             for meta, other in others:
                 longer = [n + (d == other) for d, n in enumerate(meta.shape)]
                 try:

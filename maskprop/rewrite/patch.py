@@ -148,7 +148,6 @@ class _Patcher:
             torch.no_grad(),
             plain_kernels(),
             quiet(),
-            torch.random.fork_rng(devices=[]),
             self.arguments.fake,
         ):
             recorder = PlaceRecorder(self.edits.model, self.module)

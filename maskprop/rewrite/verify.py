@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 from maskprop.align.align import Alignment
 from maskprop.errors import NonFiniteError
 from maskprop.graph.graph import Graph, is_op
+from maskprop.graph.randomness import generators_kept
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, masked_tensors, not_compiled, trace
 from maskprop.infer.facts import everywhere
 from maskprop.rewrite.reference import Values, masked_values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
+_Outputs = TypeVar("_Outputs")
 log = logging.getLogger(__name__)
 
 # Relative L2 error that rounding alone explains, by the coarsest dtype on the way to an output.
@@ -75,7 +77,7 @@ def another_batch(inputs: Inputs, dim: int) -> Inputs:
 
 def run_model(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     """Outputs in evaluation mode, the model left as it was."""
-    with frozen_state(model), torch.no_grad(), not_compiled(), torch.random.fork_rng(devices=[]):
+    with frozen_state(model), torch.no_grad(), not_compiled():
         args, kwargs = inputs
         return [(path, t.detach()) for path, t in tensors_in(model(*args, **kwargs))]
 
@@ -128,7 +130,7 @@ class Reference:
             NonFiniteError: an output of the masked model is nan, so that nothing can be compared.
             Exception: whatever the model raises for them.
         """
-        outputs = self._run(batch)
+        outputs = _drawing_alike(self._run, batch)
         for path, output in zip(self.paths, outputs, strict=True):
             if output.is_floating_point() and bool(output.isnan().any()):
                 raise NonFiniteError(
@@ -147,7 +149,7 @@ class Reference:
         """
         worst = Check("", 0.0, TOLERANCE[torch.float32])
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
-            got = run(batch)
+            got = _drawing_alike(run, batch)
             if len(got) != len(wanted):
                 return Check("the number of outputs", float("inf"), 0.0)
             for path, (_, actual), expected in zip(self.paths, got, wanted, strict=True):
@@ -205,6 +207,12 @@ def compare_outputs(actual: Sequence[tuple[str, Tensor]], expected: Sequence[tup
     if len(actual) != len(expected):
         return [Check("the number of outputs", float("inf"), 0.0)]
     return [_check(path or "output", a, e) for (_, a), (path, e) in zip(actual, expected, strict=True)]
+
+
+def _drawing_alike(run: Callable[[Inputs], _Outputs], batch: Inputs) -> _Outputs:
+    """Run a model that may draw random numbers, which are the same whenever it does."""
+    with generators_kept(seed=0):
+        return run(batch)
 
 
 def _coarsest(graph: Graph) -> float:
