@@ -163,7 +163,7 @@ class Recorder(TorchDispatchMode):
         node_args = tuple(map(self._to_node, args))
         node_kwargs = {name: self._to_node(arg) for name, arg in kwargs.items()}
         if schema.name == "aten::_local_scalar_dense":
-            node_args[0].meta["read"] = True
+            self._note_read(node_args[0])
             if not self.graph.concrete:
                 return self._evaluate(node_args[0])
         if schema.is_mutable:
@@ -267,20 +267,26 @@ class Recorder(TorchDispatchMode):
                 owner = next(t for n, t in self._names.values() if n == name)
                 if owner.shape != tensor.shape or owner.stride() != tensor.stride():
                     name = None
-        if name is None:
-            name = f"_constant{len(self.graph.state)}"
-            self.graph.state[name] = tensor
-            self.graph.opaque |= self.graph.concrete
+        return self._bind(
+            tensor, self._lift(tensor) if name is None else self._state(name, found[1] if found else tensor)
+        )
+
+    def _lift(self, constant: Tensor) -> fx.Node:
+        """The node of a tensor that ``forward`` made of numbers."""
+        node = self._state(f"_constant{len(self.graph.state)}", constant)
+        node.meta["lifted"] = True
+        self.graph.opaque |= self.graph.concrete
+        return node
+
+    def _state(self, name: str, tensor: Tensor) -> fx.Node:
+        """The node of a tensor that the model holds."""
         node = self._states.get(name)
         if node is None:
-            owner = found[1] if found else tensor
-            self.graph.state.setdefault(name, owner)
+            self.graph.state[name] = tensor
             node = self.graph.fx.create_node("get_attr", name, (), {}, name="p_" + name.replace(".", "_"))
             self._states[name] = self._tag(node, TensorMeta.of(tensor))
-            node.meta["state"] = owner
-            if name.startswith("_constant"):
-                node.meta["lifted"] = True
-        return self._bind(tensor, node)
+            node.meta["state"] = tensor
+        return node
 
     def _bind(
         self,
@@ -326,6 +332,10 @@ class Recorder(TorchDispatchMode):
         return *self._stack[-1], self._types[-1]
 
     # -- values ---------------------------------------------------------------------------------
+
+    def _note_read(self, node: fx.Node) -> None:
+        """Python reads a value."""
+        node.meta["read"] = True
 
     def _evaluate(self, node: fx.Node) -> int | float | bool | complex:
         """The number in a node that depends on the model's own tensors only."""

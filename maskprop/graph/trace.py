@@ -146,9 +146,16 @@ def _trace(
     masks: Mapping[str, Tensor] | None = None,
     training: bool = False,
 ) -> Graph:
+    recorder = Recorder(model, concrete, masks)
+    recorder.graph.training = training
+    return record(recorder, model, inputs)
+
+
+def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
+    """Run one forward pass under a recorder, on the tensors and in the mode that its graph is made for."""
     with ExitStack() as stack:
         stack.enter_context(frozen_state(model))
-        if training:
+        if recorder.graph.training:
             for module in model.modules():
                 module.__dict__["training"] = not of_torch(type(module))
         stack.enter_context(torch.no_grad())
@@ -156,11 +163,9 @@ def _trace(
         stack.enter_context(not_compiled())
         if any(p.is_meta for p in model.parameters()):
             inputs = map_tensors(inputs, lambda t: t.to("meta"))
-        elif not concrete:
+        elif not recorder.graph.concrete:
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             inputs = map_tensors(inputs, fake.from_tensor)
-        recorder = Recorder(model, concrete, masks)
-        recorder.graph.training = training
         for i, (path, tensor) in enumerate(tensors_in(inputs)):
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs

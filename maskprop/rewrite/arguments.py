@@ -21,6 +21,21 @@ _SIZES = {
     "chunks", "sections", "num_classes", "repeats", "pad", "n", "m", "steps", "start", "end", "index",
 }  # fmt: skip
 
+# Sizes that the shape of the result shows.
+_SHOWN = {
+    "size",
+    "shape",
+    "output_size",
+    "normalized_shape",
+    "N",
+    "C",
+    "HxW",
+    "split_size",
+    "split_sizes",
+    "end",
+    "groups",
+}
+
 Argument = tuple[int, str, Any]
 
 
@@ -35,6 +50,12 @@ def _setting_arguments(op: OpOverload) -> list[Argument]:
     if op.namespace != "aten":  # what others call their sizes is not known
         return []
     return _arguments(op, lambda kind, name: kind in _WHOLE and name not in _SIZES)
+
+
+@functools.cache
+def size_positions(op: OpOverload) -> frozenset[int]:
+    """Positions of the arguments that say how large something is, where the shape of the result shows that."""
+    return frozenset(i for i, name, _ in _arguments(op, lambda kind, name: kind in _WHOLE and name in _SHOWN))
 
 
 def _arguments(op: OpOverload, wanted: Callable[[str, str], bool]) -> list[Argument]:

@@ -15,7 +15,8 @@ from maskprop.graph.graph import Graph, TensorMeta, is_op
 from maskprop.graph.paths import within
 from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.op import Op
-from maskprop.rewrite.arguments import number_arguments, settings_of
+from maskprop.rewrite.arguments import number_arguments, settings_of, size_positions
+from maskprop.rewrite.follow import follows
 
 aten = torch.ops.aten
 
@@ -77,6 +78,7 @@ class Replay:
         self.replaced = tuple(replaced)
         self._new_biases = alignment.plan.new_bias.keys()
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
+        self._graph = graph
         self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete, self.training = graph.concrete, graph.training
@@ -154,9 +156,39 @@ class Replay:
         return (self.alignment.expected_shape(node),)
 
     def run(self, model: nn.Module, inputs: Inputs) -> Mismatch | None:
-        """Trace ``model`` and return the first mismatch."""
+        """Run ``model`` on fake tensors and return the first mismatch."""
+        if self.follows(model, inputs):
+            return None
         graph, error, path = trace_partial(model, inputs, self.concrete, self.training)
         return self.compare(graph, error, path)
+
+    def follows(self, model: nn.Module, inputs: Inputs) -> bool:
+        """Whether the compact model does exactly what the plan expects, with no reshape more or less."""
+        if self.concrete or self.replaced or self._new_biases:
+            return False
+        return follows(model, inputs, self._graph, self._agrees, self._agrees_constant)
+
+    def _agrees(self, want: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> bool:
+        """Whether a compact call, with dense nodes for tensors, is the dense one but for the sizes that it is given."""
+        wanted, actual = self.shapes[want], _shapes_of(meta)
+        if not _same_target(want.target, target) or want in self.alignment.numbers:
+            return False
+        if len(wanted) != len(actual) or any(w is not None and w != a for w, a in zip(wanted, actual, strict=True)):
+            return False
+        if want in self._starts and self._starts[want] != _start(want, _in_shape(want)):
+            return False
+        if args == want.args and kwargs == want.kwargs:
+            return True
+        sizes = size_positions(target)
+        return (
+            len(args) == len(want.args)
+            and kwargs == want.kwargs
+            and all(a == b or i in sizes for i, (a, b) in enumerate(zip(args, want.args, strict=True)))
+        )
+
+    def _agrees_constant(self, node: fx.Node, constant: Tensor) -> bool:
+        kept = self._constant(node)
+        return kept is None or constant.is_meta or _equal(kept, constant)
 
     def compare(
         self, graph: Graph, error: Exception | None, path: str, expected: Sequence[fx.Node] | None = None
@@ -229,7 +261,7 @@ class Replay:
 
         Not ``strict``: axes of size 1 may stand anywhere, as ``einsum`` moves them.
         """
-        if _SAME.get(want.target, want.target) is not _SAME.get(got.target, got.target):  # type: ignore[call-overload]
+        if not _same_target(want.target, got.target):
             return want.target, got.target
         wanted, actual = self.shapes[want], _shapes(got)
         if len(wanted) == len(actual):  # results that nothing reads do not matter
@@ -323,6 +355,10 @@ def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) 
     return None
 
 
+def _same_target(want: Any, got: Any) -> bool:
+    return _SAME.get(want, want) is _SAME.get(got, got)
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
@@ -337,7 +373,10 @@ def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None
 
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
-    meta = node.meta["tensor"]
+    return _shapes_of(node.meta["tensor"])
+
+
+def _shapes_of(meta: Any) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,)))
 
 
