@@ -29,7 +29,7 @@ from maskprop.align.constants import fold_constants
 from maskprop.align.plan import Plan
 from maskprop.align.solve import Solution, carriers, never_empty, regularity
 from maskprop.graph.graph import TensorMeta
-from maskprop.infer.coupling import Coupling, Labels, Pin
+from maskprop.infer.coupling import Coupling, Labels, Pin, owned_axes
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule
@@ -319,7 +319,7 @@ def check_couple(rule: Rule, trial: Trial) -> int:
     c.pins.append(Pin(_some_labels(trial, c.size), "stays by chance", ""))
     c.read += owned  # by what comes after
     s = Solution(c, owned)
-    checks = carriers(c), regularity(c.regulars), never_empty([*owned, *c.nonempty])
+    checks = carriers(c), regularity(c.regulars), never_empty([*owned_axes(labels), *c.nonempty])
     s.solve({str(i): check for i, check in enumerate(checks)})
     plan = _plan(op, labels, c, s)
 

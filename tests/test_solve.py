@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from maskprop.align.solve import Solution, never_empty
-from maskprop.infer.coupling import Coupling
+from maskprop.align.solve import Solution, never_empty, regularity
+from maskprop.infer.coupling import Axis, Coupling, Pin, owned_axes
 
 
 def test_no_row_leaves_with_a_unit_that_is_the_row_itself() -> None:
@@ -15,7 +15,7 @@ def test_no_row_leaves_with_a_unit_that_is_the_row_itself() -> None:
     c.size = 4
     c.triples = [(row, row, inner), (row, outer_too, inner_too)]
     c.factors = [(1, 1), (1, 2)]
-    c.nonempty, c.read = [row], [torch.arange(4)]
+    c.nonempty, c.read = [Axis((row,), 0)], [torch.arange(4)]
     s = Solution(c, [torch.arange(4)])
     rounds = 0
 
@@ -27,3 +27,15 @@ def test_no_row_leaves_with_a_unit_that_is_the_row_itself() -> None:
 
     s.solve({"empty": check})
     assert not s.removed.any()
+
+
+def test_what_is_left_of_an_axis_is_where_others_are_kept() -> None:
+    """Of a grouped kernel (groups, units) the first group leaves: the unit that stays is another group's."""
+    c = Coupling()
+    groups, units = torch.arange(3).reshape(3, 1), torch.arange(3, 9).reshape(3, 2)
+    c.size, c.read = 9, [torch.arange(9)]
+    c.pins = [Pin(groups[1:], "is read", "")]
+    axes = owned_axes([[groups, units]])
+    s = Solution(c, [groups, units])
+    s.solve({"empty": never_empty(axes), "even": regularity([axes[1]])})
+    assert s.leaves(units).tolist() == [[True, True], [False, True], [False, True]]

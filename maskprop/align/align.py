@@ -14,7 +14,7 @@ from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
 from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
 from maskprop.graph.graph import shape_of
-from maskprop.infer.coupling import Coupling, Cut, Labels, Pin
+from maskprop.infer.coupling import Coupling, Cut, Labels, Pin, owned_axes
 from maskprop.infer.sweep import Inference
 
 
@@ -188,13 +188,14 @@ def _solved(
     c = couple(inference, constants, even, cuts)
     c.pins += extra_pins
     states = _states(inference)
-    owned = [a for n in states.values() for a in c.labels_of(n) if a is not None]
+    axes = owned_axes(c.labels_of(node) for node in states.values())
+    owned = [a for one in axes if (a := one.labels[one.axis]) is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]
     restore = {
         "it carries the constants of the units that left": carriers(c),
         "every head, group or part keeps equally many units": regularity(c.regulars),
-        "an axis keeps at least one unit": never_empty([*owned, *c.nonempty]),
+        "an axis keeps at least one unit": never_empty([*axes, *c.nonempty]),
         "its kernel asks for a multiple of so many units": multiples(c.multiples),
     }
     if channel_multiple > 1:

@@ -17,14 +17,14 @@ none. Whatever breaks a shape is restored, and the solve repeats: it ends becaus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskprop.infer.coupling import Coupling, Regular
+from maskprop.infer.coupling import Axis, Coupling
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -171,29 +171,15 @@ class Solution:
 # -- what restores ------------------------------------------------------------------------------
 
 
-def regularity(regulars: Sequence[Regular]) -> Restore:
+def regularity(axes: Sequence[Axis]) -> Restore:
     """Equal counts of units at every kept position of the other axes."""
 
     def check(s: Solution) -> Ints:
         found: list[Ints] = []
-        for regular in regulars:
-            own, axis = regular.labels[regular.axis], regular.axis
-            assert own is not None
-            leaves = s.leaves(own)
-            if not leaves.size:
-                continue
-            over = [i for i, n in enumerate(leaves.shape) if n > 1 and i != axis]
-            others = np.ones((1,) * leaves.ndim, dtype=bool)
-            for i in over:
-                array = regular.labels[i]
-                if array is not None:  # which may be ragged itself, along axes that do not matter here
-                    rest = tuple(d for d in range(array.ndim) if d not in over)
-                    others = others & (~s.leaves(array)).any(rest, keepdims=True)
-            kept = (~leaves).sum(axis, keepdims=True)
-            if not others.any():
-                continue
-            most = np.where(others, kept, 0).max()
-            short = np.where(others, most - kept, 0)
+        for own, axis, there in _at_kept(axes, s):
+            kept = (~s.leaves(own)).sum(axis, keepdims=True)
+            most = np.where(there, kept, 0).max()
+            short = np.where(there, most - kept, 0)
             if short.any():
                 found.append(s.groups_of(own)[s.best(own, short, axis)])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
@@ -201,18 +187,36 @@ def regularity(regulars: Sequence[Regular]) -> Restore:
     return check
 
 
-def never_empty(axes: Sequence[Tensor]) -> Restore:
-    """No axis of the model's own tensors loses all its units."""
+def never_empty(axes: Sequence[Axis]) -> Restore:
+    """No axis of the model's own tensors loses all its units at the positions of the others that are kept."""
 
     def check(s: Solution) -> Ints:
-        found = []
-        for labels in axes:
-            if s.leaves(labels).all():
-                flat = labels.reshape(-1)
+        found: list[Ints] = []
+        for own, _, there in _at_kept(axes, s):
+            if (s.leaves(own) | ~there).all():
+                flat = own[torch.from_numpy(np.broadcast_to(there, own.shape).copy())]
                 found.append(s.groups_of(flat)[s.best(flat, 1)])
         return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     return check
+
+
+def _at_kept(axes: Sequence[Axis], s: Solution) -> Iterator[tuple[Tensor, int, Bools]]:
+    """The labels of each axis, where they vary along, and at which positions of the other axes anything is kept."""
+    for one in axes:
+        own, axis = one.labels[one.axis], one.axis
+        assert own is not None
+        if not own.numel():
+            continue
+        over = [d for d, n in enumerate(own.shape) if n > 1 and d != axis]
+        there = np.ones((1,) * own.ndim, dtype=bool)
+        for d in over:
+            array = one.labels[d]
+            if array is not None:  # which may be ragged itself, along axes that do not matter here
+                rest = tuple(i for i in range(array.ndim) if i not in over)
+                there = there & (~s.leaves(array)).any(rest, keepdims=True)
+        if there.any():
+            yield own, axis, there
 
 
 def multiples(axes: Sequence[tuple[Tensor, int]]) -> Restore:

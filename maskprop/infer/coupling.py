@@ -7,7 +7,7 @@ example heads ``(1, H, 1, 1)`` and their dims ``(1, H, 1, D)``. An element leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,8 +43,8 @@ class Pin:
 
 
 @dataclass(frozen=True)
-class Regular:
-    """Along ``axis`` every kept position of the other axes must keep equally many units."""
+class Axis:
+    """One axis of a value, among the labels of all its axes: their removed positions do not count."""
 
     labels: tuple[Tensor | None, ...]
     axis: int
@@ -118,7 +118,8 @@ class Coupling:
         rescales: means over axes that may shrink.
         counts: numbers that count units.
         read: labels of summed axes. What no sum ever reads stays: this input does not show what it is for.
-        nonempty: label arrays of axes that may not lose all their units (parts of a cut axis).
+        regulars: axes along which every kept position of the others must keep equally many units.
+        nonempty: axes that may not lose all their units (parts of a cut axis).
         multiples: label arrays of axes that must keep a multiple of some number of units.
         cuts: operands that lose units only as they enter an op, and keep them elsewhere.
         cuttable: of all operands that could, the labels where they come from, and those of what they meet.
@@ -138,12 +139,12 @@ class Coupling:
     triples: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     factors: list[tuple[int, int]] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
-    regulars: list[Regular] = field(default_factory=list)
+    regulars: list[Axis] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
-    nonempty: list[Tensor] = field(default_factory=list)
+    nonempty: list[Axis] = field(default_factory=list)
     multiples: list[tuple[Tensor, int]] = field(default_factory=list)
     node: str = ""
     facts: dict[fx.Node, Any] = field(default_factory=dict)
@@ -304,14 +305,19 @@ class Coupling:
             return a.unflatten(axis, (count, -1)) if a.shape[axis] > 1 else a.unsqueeze(axis)
 
         parts = [moved(a, cut) for a in labels]
-        self.regulars.append(Regular((*parts[:axis], None, *parts[axis:]), axis + 1))
+        self.regulars.append(Axis((*parts[:axis], None, *parts[axis:]), axis + 1))
         return True
 
     def regular(self, labels: Sequence[Tensor | None], axis: int) -> None:
         """A ragged axis: at every kept position of the other axes it keeps equally many units."""
         own = labels[axis]
         if own is not None and own.numel() > own.shape[axis]:
-            self.regulars.append(Regular(tuple(labels), axis))
+            self.regulars.append(Axis(tuple(labels), axis))
+
+
+def owned_axes(tensors: Iterable[Labels]) -> list[Axis]:
+    """The axes of tensors that can shrink, by the labels of each tensor."""
+    return [Axis(tuple(labels), i) for labels in tensors for i, own in enumerate(labels) if own is not None]
 
 
 def moved(array: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:

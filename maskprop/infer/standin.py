@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from maskprop.graph.graph import shape_of
-from maskprop.infer.coupling import Coupling, Labels
+from maskprop.infer.coupling import Axis, Coupling, Labels
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StandIn:
         labels = [None if axis == self.axis else c.uniform(a, [self.axis]) for axis, a in enumerate(others)]
         labels[self.axis] = own = c.axes(shape)[self.axis]
         if own is not None:
-            c.nonempty.append(own)
+            c.nonempty.append(Axis(tuple(labels), self.axis))
             if self.held is not None and self.held.bias is not None:
                 c.equal(c.labels_of(self.held.bias)[0], own.reshape(-1))
         return labels

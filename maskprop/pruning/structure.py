@@ -19,7 +19,7 @@ from maskprop.align.plan import Plan
 from maskprop.align.solve import Ints, Solution, multiples, never_empty, regularity
 from maskprop.graph.graph import Graph, TensorMeta, is_op, shape_of
 from maskprop.graph.trace import Inputs, Tracer, trace
-from maskprop.infer.coupling import Coupling
+from maskprop.infer.coupling import Coupling, owned_axes
 from maskprop.infer.op import Op
 from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
@@ -89,10 +89,11 @@ class Structure:
         s.may = self.base.may.copy()
         s.may[self.units] = False
         s.may[units] = self.base.may[units]
+        axes = owned_axes(self.coupling.labels_of(node) for node in self.states.values())
         s.solve(
             {
                 "regular": regularity(self.coupling.regulars),
-                "not empty": never_empty([*(labels for *_, labels in self.owned), *self.coupling.nonempty]),
+                "not empty": never_empty([*axes, *self.coupling.nonempty]),
                 "multiple": multiples(self.coupling.multiples),
             }
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskprop.infer.coupling import Coupling, Labels, moved
+from maskprop.infer.coupling import Axis, Coupling, Labels, moved
 from maskprop.infer.facts import Fact, any_over, broadcast_shape, reduce_to, spread, squash
 
 Shape = tuple[int, ...]
@@ -199,7 +199,7 @@ class Slice(Step):
         out = [moved(a, self.move) for a in labels]
         part = out[self.dim]
         if part is not None:
-            c.nonempty.append(part)
+            c.nonempty.append(Axis(tuple(out), self.dim))
             c.regular(out, self.dim)
         return out
 
