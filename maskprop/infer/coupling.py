@@ -72,9 +72,12 @@ class Contraction:
 
     @property
     def maps(self) -> Tensor:
-        """``(units, positions)``: what a carrier has to be in proportion to."""
+        """``(units, positions)``: what a carrier has to be in proportion to; zeros of what is uniform up to rounding."""
         maps = self.constant.reshape(len(self.constant), -1)
-        return maps - maps.mean(1, keepdim=True) if self.place == "both" else maps
+        if self.place != "both":
+            return maps
+        besides, largest = maps - maps.mean(1, keepdim=True), maps.abs().amax(1, keepdim=True)
+        return torch.where(besides.abs().amax(1, keepdim=True) > 1e-12 * largest, besides, 0.0)
 
 
 @dataclass(frozen=True)

@@ -317,3 +317,24 @@ class PooledShares(Pooled):
 class PooledProduct(Pooled):
     def pool(self, h: Tensor) -> Tensor:
         return torch.einsum("bct,bct->bc", h, h)
+
+
+@case(
+    images(3, 13),
+    {"a.weight": ([0, 1],), "e.weight": (slice(0, 6),)},
+    {"d": (3, 1, 1), "a.weight": (3, 3, 1, 1), "a.bias": (3,), "c.weight": (4, 11, 1, 1)},
+)
+class UniformIsNoCarrier(nn.Module):
+    """What varies towards the borders has no stand-in among constants that are uniform up to rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.p = nn.AvgPool2d(3, 1, padding=1)
+        self.d = nn.Parameter(torch.randn(4, 1, 1))
+        self.e = nn.Conv2d(3, 8, 1)
+        self.c = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        e = torch.sigmoid(self.e(x))
+        return self.c(torch.cat([self.p(self.a(x)) + self.d, e], 1)), e
