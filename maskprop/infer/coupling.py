@@ -72,7 +72,7 @@ class Contraction:
 
     @property
     def maps(self) -> Tensor:
-        """``(units, positions)``: what a carrier has to be in proportion to; zeros of what is uniform up to rounding."""
+        """``(units, positions)``: what a carrier is in proportion to; zeros of what is uniform up to rounding."""
         maps = self.constant.reshape(len(self.constant), -1)
         if self.place != "both":
             return maps
