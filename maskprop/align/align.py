@@ -106,8 +106,11 @@ def align(
 
     if cuts is None:
         plain = solved(frozenset())
-        everything = frozenset(plain[0].cuttable)
-        worth = _worth(plain, solved(everything)) if everything else everything
+        cut, everything = plain, frozenset[Cut]()
+        while not everything >= cut[0].cuttable.keys():  # behind an operand that is cut, others can be
+            everything |= cut[0].cuttable.keys()
+            cut = solved(everything)
+        worth = _worth(plain, cut)
         c, s = solved(worth) if worth else plain
     else:
         c, s = solved(cuts)
@@ -162,9 +165,10 @@ def _worth(plain: tuple[Coupling, Solution], cut: tuple[Coupling, Solution]) -> 
     """Of all operands that could be cut on entry, those where more leaves if they are."""
 
     def count(walk: tuple[Coupling, Solution], key: Cut) -> int:
-        return int(walk[1].leaves(walk[0].cuttable[key][1]).sum())
+        found = walk[0].cuttable.get(key)
+        return 0 if found is None else int(walk[1].leaves(found[1]).sum())
 
-    return frozenset(key for key in plain[0].cuttable if key in cut[0].cuttable and count(cut, key) > count(plain, key))
+    return frozenset(key for key in cut[0].cuttable if count(cut, key) > count(plain, key))
 
 
 def _states(inference: Inference) -> dict[str, fx.Node]:

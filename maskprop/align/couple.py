@@ -13,6 +13,8 @@ from maskprop.graph.graph import is_op, shape_of
 from maskprop.infer.coupling import Coupling, Cut, Labels, moved
 from maskprop.infer.facts import lead
 from maskprop.infer.op import Op
+from maskprop.infer.rules.movement import Movement, Parts
+from maskprop.infer.rules.pointwise import Pointwise, Uniform
 from maskprop.infer.sweep import Inference
 
 
@@ -35,13 +37,14 @@ def couple(
         facts=facts.known,
         needed=facts.needed,
     )
-    shared = _shared_tables(inference)
+    literal = _literal_tables(inference)
+    shared = _shared_tables(inference) | literal
     for node in inference.graph.fx.nodes:
         c.node = node.name
         if node in inference.left:
             stand_in = inference.left[node]
             c.labels[node] = _unlabelled(node.meta["tensor"]) if stand_in is None else stand_in.couple(c)
-        elif node.op == "placeholder":
+        elif node.op == "placeholder" or node in literal:
             c.labels[node] = _unlabelled(node.meta["tensor"])
         elif node.target is operator.getitem:
             c.labels[node] = c.labels[node.args[0]][node.args[1]]
@@ -122,6 +125,28 @@ def _read_once(node: fx.Node, c: Coupling) -> bool:
     metas = ((n, n.meta["tensor"]) for n in node.all_input_nodes)
     made_of = [n for n, meta in metas if isinstance(meta, tuple) or meta.dtype.is_floating_point]
     return all(_read_once(n, c) for n in made_of if any(a is not None for a in c.labels_of(n)))
+
+
+def _literal_tables(inference: Inference) -> set[fx.Node]:
+    """Values that ``forward`` makes of numbers alone, as ``torch.arange(8)``, and of which nothing can shrink.
+
+    One number everywhere is no table: its sizes follow those of what it meets.
+    """
+    made: set[fx.Node] = set()
+    uniform: set[fx.Node] = set()
+    for node in inference.graph.fx.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" and "lifted" in node.meta:
+            made.add(node)
+        elif node.op == "call_function" and node not in inference.left and made.issuperset(sources):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                continue
+            made.add(node)
+            rule = None if node.target is operator.getitem else inference.rule(node)
+            follows = rule is None or isinstance(rule, (Movement, Parts, Pointwise))
+            if isinstance(rule, Uniform) or (follows and sources and uniform.issuperset(sources)):
+                uniform.add(node)
+    return made - uniform
 
 
 def _shared_tables(inference: Inference) -> set[fx.Node]:

@@ -33,7 +33,7 @@ from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.frames import Frame, Frames, PlaceRecorder, has_author
 from maskprop.rewrite.generate import attention_scale
-from maskprop.rewrite.patched import patched_class
+from maskprop.rewrite.patched import FILLED, patched_class
 from maskprop.rewrite.replay import Mismatch, Replay
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ _MAKE_CONSTANTS = ("tensor", "as_tensor", "FloatTensor", "LongTensor")
 _SIZED = {
     "view": (0, None), "reshape": (0, 1), "expand": (0, None), "broadcast_to": (0, 1), "unflatten": (1, 2),
     "new_zeros": (0, None), "new_ones": (0, None), "new_empty": (0, None), "zeros": (None, 0), "ones": (None, 0),
-    "empty": (None, 0),
+    "empty": (None, 0), "full": (None, 0), "new_full": (0, None),
 }  # fmt: skip
 # What reads a number and computes nothing.
 _PLAIN = (ast.Constant, ast.Name, ast.Attribute, ast.expr_context)
@@ -174,7 +174,8 @@ class _Patcher:
         assert want is not None
         if not frames:
             raise NoSource(f"{mismatch} does not arise in its forward")
-        for cut in self.replay.alignment.cuts_at(want):
+        made_anew = isinstance(mismatch.wanted, Tensor)
+        for cut in () if made_anew else self.replay.alignment.cuts_at(want):
             patch = self._cut(want, cut, frames)
             if patch not in getattr(cls, "generated_patches", ()):
                 return patch
@@ -182,22 +183,23 @@ class _Patcher:
         expression = expression_at(cls, place)
         shapes = self.replay.shapes[want]
         name = _name(expression)
-        if isinstance(mismatch.wanted, Tensor):
+        if made_anew:
             return self._constant(place, expression, mismatch.wanted)
         if name == "scaled_dot_product_attention":
             ops = self.dense[self.dense.index(want) :]
             return Patch(place, "argument", "scale", attention_scale(ops))
-        if name in _SIZED and isinstance(expression, ast.Call):
+        if name in _SIZED and isinstance(expression, ast.Call) and not isinstance(mismatch.wanted, (int, float)):
             method, function = _SIZED[name]
             before = function if self._is_function(place, expression) else method
-            if before is None or expression.keywords:
+            if before is None or any(k.arg in ("size", "shape", "sizes") for k in expression.keywords):
                 raise NoSource(f"sizes of {name} cannot be changed")
-            sizes = (
-                _sizes_of(mismatch.got) if mismatch.got is not None else frames[0].evaluate(expression.args[before:])
-            )
+            given = _sizes_in(expression, before)
+            sizes = frames[0].evaluate(given) if mismatch.got is None else _sizes_of(mismatch.got)
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
+        if name == "arange" and isinstance(expression, ast.Call) and len(expression.args) == 1 and shapes[0]:
+            return Patch(place, "argument", 0, shapes[0][0])
         scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
             names = [name for _, name, _ in number_arguments(want.target)]
@@ -289,6 +291,11 @@ def _argument(call: ast.Call, frame: Frame, number: float) -> int | str:
     if len(found) != 1:
         raise NoSource(f"{len(found)} arguments of '{ast.unparse(call)}' are {number}")
     return found[0]
+
+
+def _sizes_in(call: ast.Call, before: int) -> list[ast.expr]:
+    """The sizes among the arguments of a call, from a position on: a number that fills what is made follows them."""
+    return call.args[before : before + 1] if _name(call) in FILLED else call.args[before:]
 
 
 def _sizes_of(op: fx.Node) -> list[int]:

@@ -80,6 +80,10 @@ _HELPERS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Calls that take their sizes as one argument, before the number that fills what they make.
+FILLED = ("full", "new_full")
+
+
 # -- building -----------------------------------------------------------------------------------
 
 
@@ -216,7 +220,8 @@ class _Rewrite(ast.NodeTransformer):
         elif isinstance(node, ast.Call) and patch.kind == "parts":
             self._set_parts(node)
         elif isinstance(node, ast.Call) and isinstance(patch.at, int):
-            node.args[patch.at :] = self._scaled(node.args[patch.at :])
+            end = patch.at + 1 if ast.unparse(node.func).rpartition(".")[2] in FILLED else len(node.args)
+            node.args[patch.at : end] = self._scaled(node.args[patch.at : end])
         return ast.copy_location(node, self.target)
 
     def _scaled(self, sizes: list[ast.expr]) -> list[ast.expr]:

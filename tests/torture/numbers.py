@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,6 +107,72 @@ CASES["SlopesOfHeads"] = Case(
 class FilledByName(Hidden):
     def change(self, h: Tensor) -> Tensor:
         return h * torch.full((1,), fill_value=1 / h.shape[1])
+
+
+# A table of numbers that forward makes, or finds: it cannot shrink, and is cut where it is read.
+NUMBERS = np.linspace(0.5, 2.0, 8, dtype=np.float32)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableOfPlaces(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return (h + torch.arange(8, device=h.device)) * torch.arange(h.shape[-1])
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableOfPowers(Hidden):
+    """as positions and frequencies are encoded"""
+
+    def change(self, h: Tensor) -> Tensor:
+        return h * 100.0 ** -(torch.arange(0, 16, 2) / 16)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableTurned(Hidden):
+    """along another axis than the last"""
+
+    def change(self, h: Tensor) -> Tensor:
+        return (h[..., None] * torch.linspace(0.1, 1.0, 8)[:, None]).squeeze(-1)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableRepeated(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return torch.lerp(h, h.sin(), torch.tensor([0.1, 0.2]).repeat(4))
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableFilled(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h * torch.full((1, 8), 0.5, device=h.device) + h.new_full((len(h), 8), fill_value=0.1)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableOfZeros(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return torch.cat([h, torch.zeros(len(h), 8, device=h.device)])[: len(h)]
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableWritten(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        weights = torch.zeros(8)
+        weights[:4] = 2.0
+        return h * (weights - 0.5)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableMasks(Hidden):
+    def change(self, h: Tensor) -> Tensor:
+        return h.masked_fill(torch.arange(8) < 2, 0.5)
+
+
+@case(vectors(6), ROWS, LEFT)
+class TableOfNumpy(Hidden):
+    """of the module that the code stands in"""
+
+    def change(self, h: Tensor) -> Tensor:
+        return h + torch.from_numpy(NUMBERS)
 
 
 class Chosen(Hidden):
