@@ -193,8 +193,8 @@ class _Patcher:
             before = function if self._is_function(place, expression) else method
             if before is None or any(k.arg in ("size", "shape", "sizes") for k in expression.keywords):
                 raise NoSource(f"sizes of {name} cannot be changed")
-            given = _sizes_in(expression, before)
-            sizes = frames[0].evaluate(given) if mismatch.got is None else _sizes_of(mismatch.got)
+            stated = _sizes_in(expression, before)
+            sizes = frames[0].evaluate(stated) if mismatch.got is None else _sizes_of(mismatch.got)
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
