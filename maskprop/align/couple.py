@@ -44,14 +44,15 @@ def couple(
         if node in inference.left:
             stand_in = inference.left[node]
             c.labels[node] = _unlabelled(node.meta["tensor"]) if stand_in is None else stand_in.couple(c)
-        elif node.op == "placeholder" or node in literal:
+        elif node.op == "placeholder" or (node in literal and literal.isdisjoint(node.all_input_nodes)):
             c.labels[node] = _unlabelled(node.meta["tensor"])
         elif node.target is operator.getitem:
             c.labels[node] = c.labels[node.args[0]][node.args[1]]
         elif node.op == "call_function":
             op = inference.op(node)
             labels = [c.labels_of(n) for n in op.inputs]
-            if torch.Tag.pointwise in op.target.tags or op.target is torch.ops.aten.baddbmm.default:
+            pointwise = torch.Tag.pointwise in op.target.tags or op.target is torch.ops.aten.baddbmm.default
+            if pointwise and node not in literal:
                 labels = [_on_entry(op, i, labels, c) if n in shared else labels[i] for i, n in enumerate(op.inputs)]
             c.labels[node] = inference.rule(node).couple(op, labels, c)
         elif node.op == "output":
@@ -128,7 +129,7 @@ def _read_once(node: fx.Node, c: Coupling) -> bool:
 
 
 def _literal_tables(inference: Inference) -> set[fx.Node]:
-    """Values that ``forward`` makes of numbers alone, as ``torch.arange(8)``, and of which nothing can shrink.
+    """Values that ``forward`` makes of numbers alone, as ``torch.arange(8)``, which does not shrink.
 
     One number everywhere is no table: its sizes follow those of what it meets.
     """
@@ -138,6 +139,8 @@ def _literal_tables(inference: Inference) -> set[fx.Node]:
         sources = node.all_input_nodes
         if node.op == "get_attr" and "lifted" in node.meta:
             made.add(node)
+            if not shape_of(node):
+                uniform.add(node)
         elif node.op == "call_function" and node not in inference.left and made.issuperset(sources):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 continue
