@@ -193,13 +193,15 @@ def glu(r: random.Random, target: OpOverload) -> Case:
 
 
 def _operand(r: random.Random, full: Shape, name: str) -> Arg:
+    """A parameter, or an activation: how many terms are summed is then another number for other inputs, maybe."""
     return Arg(full, "weight", name=name) if r.random() < 0.6 else Arg(full)
 
 
 @case(aten.mm.default)
 def mm(r: random.Random, target: OpOverload) -> Case:
     m, k, n = sizes(3, r, 1, 5)
-    return Case(target, (Arg((m, k)), _operand(r, (k, n), "weight")), exact=True)
+    right = _operand(r, (k, n), "weight")
+    return Case(target, (Arg((m, k)), right), exact=bool(right.name))
 
 
 @case(aten.addmm.default)
@@ -207,40 +209,45 @@ def addmm(r: random.Random, target: OpOverload) -> Case:
     m, k, n = sizes(3, r, 1, 5)
     bias = Arg((n,), "weight", name="bias") if r.random() < 0.6 else Arg(partner(r, (m, n)))
     kwargs = {"alpha": 0.5, "beta": 2} if r.random() < 0.3 else {}
-    return Case(target, (bias, Arg((m, k)), _operand(r, (k, n), "weight")), kwargs, exact=True)
+    right = _operand(r, (k, n), "weight")
+    return Case(target, (bias, Arg((m, k)), right), kwargs, exact=bool(right.name))
 
 
 @case(aten.bmm.default)
 def bmm(r: random.Random, target: OpOverload) -> Case:
     b, m, k, n = sizes(4, r, 1, 4)
-    left = Arg((b, m, k), r.choice(["value", "rows"]))
-    return Case(target, (left, Arg((b, k, n))), exact=left.role == "value")
+    left, right = Arg((b, m, k), r.choice(["value", "rows"])), _operand(r, (b, k, n), "weight")
+    return Case(target, (left, right), exact=left.role == "value" and bool(right.name))
 
 
 @case(aten.baddbmm.default)
 def baddbmm(r: random.Random, target: OpOverload) -> Case:
     b, m, k, n = sizes(4, r, 1, 4)
     bias = tuple(1 if r.random() < 0.3 else size for size in (b, m, n))
-    return Case(target, (Arg(bias), Arg((b, m, k)), Arg((b, k, n))), {"beta": 0.5}, exact=True)
+    right = _operand(r, (b, k, n), "weight")
+    return Case(target, (Arg(bias), Arg((b, m, k)), right), {"beta": 0.5}, exact=bool(right.name))
 
 
 @case(aten.mv.default)
 def mv(r: random.Random, target: OpOverload) -> Case:
     m, k = sizes(2, r, 1, 5)
-    return Case(target, (Arg((m, k)), _operand(r, (k,), "weight")), exact=True)
+    right = _operand(r, (k,), "weight")
+    return Case(target, (Arg((m, k)), right), exact=bool(right.name))
 
 
 @case(aten.addmv.default)
 def addmv(r: random.Random, target: OpOverload) -> Case:
     m, k = sizes(2, r, 1, 5)
     kwargs = {"alpha": 0.5, "beta": 2} if r.random() < 0.3 else {}
-    return Case(target, (Arg((m,)), Arg((m, k)), _operand(r, (k,), "weight")), kwargs, exact=True)
+    right = _operand(r, (k,), "weight")
+    return Case(target, (Arg((m,)), Arg((m, k)), right), kwargs, exact=bool(right.name))
 
 
 @case(aten.dot.default, aten.vdot.default)
 def dot(r: random.Random, target: OpOverload) -> Case:
     k = r.randint(1, 5)
-    return Case(target, (Arg((k,)), _operand(r, (k,), "weight")), exact=True)
+    right = _operand(r, (k,), "weight")
+    return Case(target, (Arg((k,)), right), exact=bool(right.name))
 
 
 @case(aten.convolution.default)

@@ -272,6 +272,9 @@ class Replay:
             actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
         if wanted != actual and (strict or _without_ones(wanted) != _without_ones(actual)):
             return wanted, actual
+        found = self._repeated(want, got) or self._other_units(want, got)
+        if found is not None:
+            return found
         if want in self._starts and self._starts[want] != _start(got, _in_shape(got)):
             return f"the units from {self._starts[want]}", f"those from {_start(got, _in_shape(got))}"
         for (x, _), (y, _) in zip(self._numbers(want), self._numbers(got), strict=False):
@@ -281,6 +284,36 @@ class Replay:
             before, now = settings_of(want), settings_of(got)
             if before != now:
                 return next((f"{k}={v}", f"{k}={now[k]}") for k, v in before.items() if now[k] != v)
+        return None
+
+    def _repeated(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
+        """The shapes of an operand that is repeated along an axis where the dense one was as long as the others.
+
+        The result of an op that broadcasts does not show it.
+        """
+        if torch.Tag.pointwise not in want.target.tags or len(want.all_input_nodes) != len(got.all_input_nodes):  # type: ignore[union-attr]
+            return None
+        out = _shapes(got)[0] or ()
+        for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=True):
+            dense, shape = _shapes(a)[0] or (), _shapes(b)[0] or ()
+            if len(dense) == len(shape) and any(
+                m == 1 < min(n, k) for m, n, k in zip(shape, dense, out[len(out) - len(shape) :], strict=True)
+            ):
+                return dense, shape
+        return None
+
+    def _other_units(self, want: fx.Node, got: fx.Node) -> tuple[Any, Any] | None:
+        """The units that an operand is cut to on entry, where they are not the planned ones.
+
+        A patched expression may be evaluated several times, each time for an op with units of its own.
+        """
+        for position, _, _, units in self.alignment.cuts_at(want):
+            node = Op(got).inputs[position]
+            while "inserted" in node.meta and node.target is not aten.index_select.default:
+                node = node.all_input_nodes[0]
+            index = self._constant(node.all_input_nodes[-1]) if "inserted" in node.meta else None
+            if index is not None and tuple(index.tolist()) != units:
+                return f"units {units}", f"units {tuple(index.tolist())}"
         return None
 
     def _moves_alike(self, want: fx.Node, got: fx.Node) -> bool:

@@ -13,8 +13,9 @@ Algebra, as boolean products over the summed axis k (nz = may be non-zero, known
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from maskprop.infer.facts import Fact, any_over, bool_matmul, everywhere, reduce
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, is_weight, weight_place
 from maskprop.infer.rules.convolution import same_in_all_calls, unit_constants
+from maskprop.infer.rules.extent import own_axes
 from maskprop.infer.rules.pointwise import broadcast_labels
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register
 
@@ -85,14 +87,14 @@ class MatMul(Rule):
         return o, a.map(o.lift_a) if o.row else a, b.map(o.lift_b) if o.column else b
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        o, a, b = self._factors(op, facts)
+        own = partial(self._sums_own, op, o)
         large = math.prod(op.shape) > EAGER_LIMIT
         if all(f.plain for f in facts) or (large and all(f.total for f in facts)):
             result = evaluate(op, facts)
             assert isinstance(result, Fact)
             return result
-        o, a, b = self._factors(op, facts)
-        length = op.shapes[o.a][-1]
-        product = _product(a, b, length).map(o.lower)
+        product = _product(a, b, op.shapes[o.a][-1], own).map(o.lower)
         if o.bias is None:
             return product
         bias = facts[o.bias]
@@ -103,6 +105,13 @@ class MatMul(Rule):
             return Fact.zeros(known)
         value = op.arg("alpha", 1) * product.value() + op.arg("beta", 1) * bias.value()
         return Fact.of_value(value, known)
+
+    @staticmethod
+    def _sums_own(op: Op, o: Operands) -> bool:
+        """Whether as many terms are summed for every input."""
+        if is_weight(op.inputs[o.b]):
+            return True
+        return own_axes(op.inputs[o.a])[-1] or own_axes(op.inputs[o.b])[-1 if o.column else -2]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         o, a, b = self._factors(op, facts)
@@ -182,8 +191,8 @@ class MatMul(Rule):
         return read, *self._constants(op, c, read)
 
 
-def _product(a: Fact, b: Fact, length: int) -> Fact:
-    """``a @ b`` over a summed axis of ``length``."""
+def _product(a: Fact, b: Fact, length: int, own: Callable[[], bool]) -> Fact:
+    """``a @ b`` over a summed axis of ``length``, which is the model's ``own`` or may be another for other inputs."""
     nz_a, nz_b = ~a.zero, ~b.zero
     average = _average(a, b)
     # a term is unknown if it may be non-zero and one of its factors is unknown
@@ -198,10 +207,10 @@ def _product(a: Fact, b: Fact, length: int) -> Fact:
     right = torch.where(b.known, b.value(), 0.0)
     if left.shape[-1] == 1 and right.shape[-2] == 1:
         value = left * right * length
-        if length > 1:  # an axis along which nothing varies, as time: the sum depends on its length
-            known = known & (zero | average)
     else:
         value = left.expand(*left.shape[:-1], length) @ right.expand(*right.shape[:-2], length, right.shape[-1])
+    if length > 1 and not own():  # the sum depends on the length
+        known = known & (zero | average)
     value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))
     return Fact.of_value(value, known)
 

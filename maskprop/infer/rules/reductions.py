@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._ops import OpOverload
+from torch import Tensor
 
 from maskprop.graph.graph import TensorMeta
 from maskprop.infer.coupling import Coupling, Labels, moved
 from maskprop.infer.facts import Fact, all_over, any_over, as_double, everywhere, spread
 from maskprop.infer.op import Op
 from maskprop.infer.places import scale_place
-from maskprop.infer.rules.convolution import Convolution
-from maskprop.infer.rules.registry import Rule, evaluate, find_rule, register, unknowns
-from maskprop.infer.rules.spatial import PerChannel, varies
+from maskprop.infer.rules.extent import own_axes
+from maskprop.infer.rules.registry import Rule, evaluate, register, unknowns
+from maskprop.infer.rules.spatial import varies
 
 aten = torch.ops.aten
 # Which result says where an element was found.
@@ -63,17 +62,17 @@ class Reduction(Rule):
         fact = facts[0]
         dims = self._dims(op)
         known = all_over(fact.known, dims)
-        space = [d for d in dims if d >= 2]
-        if space and not fact.nothing and _is_image(op.inputs[0]):
-            # what varies by the distance to the borders is another number for an image of another size
-            known = known & ~varies(fact.value(), space)
         if fact.plain and bool(known.all()):
             return evaluate(op, facts)
+        free = self._free(op, fact, dims)
+        if free:
+            # what varies by the distance to the borders, say, is another number for an input of another size
+            known = known & ~varies(fact.value(), free)
         if fact.nothing or not bool(known.any()):
             found = unknowns(op)
             return found if op.several else found[0]
         results = op.run(spread(fact.value(), dims, op.shapes[0]).contiguous())
-        others = self._longer(op, fact, dims, results)
+        others = self._longer(op, fact, dims, free, results)
         folded = known.reshape([n for d, n in enumerate(known.shape) if d not in dims])
         made = []
         for i, (r, other, meta) in enumerate(zip(_several(results), others, op.results, strict=True)):
@@ -85,13 +84,23 @@ class Reduction(Rule):
             made.append(Fact.of_value(as_double(r), k))
         return tuple(made) if op.several else made[0]
 
-    def _longer(self, op: Op, fact: Fact, dims: Sequence[int], results: Any) -> list[Tensor]:
+    @staticmethod
+    def _free(op: Op, fact: Fact, dims: Sequence[int]) -> list[int]:
+        """Those of the axes along which a value varies that inputs may make longer."""
+        if fact.nothing or all(fact.value().shape[d] == 1 for d in dims):
+            return []
+        own = own_axes(op.inputs[0])
+        return [d for d in dims if not own[d] and fact.value().shape[d] > 1]
+
+    def _longer(self, op: Op, fact: Fact, dims: Sequence[int], free: Sequence[int], results: Any) -> list[Tensor]:
         """The results where the axes along which nothing varies, as along space and time, are longer by one.
 
         What is not the same then is known for inputs of one size only, and that is not known.
         """
         value = fact.value()
-        longer = [n + (d in dims and value.shape[d] == 1 < n) for d, n in enumerate(op.shapes[0])]
+        for d in free:  # nor does what is known still vary along these
+            value = torch.cat([value, value.narrow(d, -1, 1)], d)
+        longer = [n + (d in free or (d in dims and value.shape[d] == 1 < n)) for d, n in enumerate(op.shapes[0])]
         if tuple(longer) == op.shapes[0]:
             return _several(results)
         made = _several(op.run(spread(value, dims, longer).contiguous()))
@@ -135,13 +144,6 @@ class Reduction(Rule):
         (fact,) = c.facts_of(op)
         live = ~fact.zero & self.needed(op, [fact], [c.needed_of(op)])[0]
         c.end(labels, live, "is summed here")
-
-
-def _is_image(node: fx.Node) -> bool:
-    """Whether a value comes out of a convolution, a pooling or the like, with its axes in place since."""
-    while isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return isinstance(node.target, OpOverload) and isinstance(find_rule(node.target), (Convolution, PerChannel))
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:

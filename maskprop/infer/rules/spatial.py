@@ -36,7 +36,8 @@ aten = torch.ops.aten
 class PerChannel(Rule):
     """Every axis but the spatial ones passes through."""
 
-    def _space(self, op: Op) -> list[int]:
+    def space(self, op: Op) -> list[int]:
+        """The axes along which the op mixes."""
         shape, out = op.shapes[0], op.results[0]
         assert out is not None
         name = op.target._schema.name
@@ -56,7 +57,7 @@ class PerChannel(Rule):
         return self._keeps_constants(op) or bool((~known | (value == 0)).all())
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact | tuple[Fact, ...]:
-        fact, space = facts[0], self._space(op)
+        fact, space = facts[0], self.space(op)
         if fact.plain and not (_is_adaptive(op) and bool(varies(fact.value(), space).any())):
             return evaluate(op, facts)
         first = self._first(op, fact, space)
@@ -82,6 +83,8 @@ class PerChannel(Rule):
             # on a small dummy input a map may happen to be uniform, which says nothing of larger ones
             larger = self._run(op, value, space, [n + 8 if d in space else n for d, n in enumerate(op.shapes[0])])
             known = known & (varies(result, space) | ~varies(larger, space))
+        else:  # and a map may vary where a small one does not
+            known = known & (varies(result, space) | ~varies(value, space))
         return Fact.of_value(result, known)
 
     @staticmethod
@@ -94,10 +97,10 @@ class PerChannel(Rule):
         total = needed[0]
         for other in needed[1:]:
             total = total | other
-        return [any_over(total, self._space(op))]
+        return [any_over(total, self.space(op))]
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels | tuple[Labels, ...]:
-        space = self._space(op)
+        space = self.space(op)
         out = list(labels[0])
         for d in space:
             c.pin(out[d], "is a spatial axis")
@@ -112,7 +115,11 @@ def _is_adaptive(op: Op) -> bool:
 
 def varies(value: Tensor, space: Sequence[int]) -> Tensor:
     """Whether a value varies over these axes, kept as size 1."""
-    low, high = value.amin(list(space), keepdim=True), value.amax(list(space), keepdim=True)
+    axes = [d for d in space if value.shape[d] > 1]
+    if not axes:
+        return torch.zeros((1,) * value.ndim, dtype=torch.bool)
+    value = value if value.is_floating_point() else value.abs().double() if value.is_complex() else value.double()
+    low, high = value.amin(axes, keepdim=True), value.amax(axes, keepdim=True)
     return (high - low) > 1e-12 * torch.maximum(high.abs(), low.abs())
 
 
@@ -120,7 +127,7 @@ def varies(value: Tensor, space: Sequence[int]) -> Tensor:
 class ConstantPad(PerChannel):
     """Padding with one number: a channel that is that number stays uniform, another becomes a known map."""
 
-    def _space(self, op: Op) -> list[int]:
+    def space(self, op: Op) -> list[int]:
         pad, ndim = op.arg("pad"), len(op.shapes[0])
         return [ndim - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
 
