@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
             self._stack.append((path, self._calls))
             self._types.append(type(module))
             try:
-                result = call(module, *args, **kwargs)
+                result = self._run(call, module, args, kwargs)
             finally:
                 self._stack.pop()
                 self._types.pop()
@@ -112,6 +112,10 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
+
+    def _run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module."""
+        return call(module, *args, **kwargs)
 
     @contextmanager
     def listening(self) -> Iterator[list[fx.Node]]:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 Shortcut = Callable[..., "Tensor | tuple[Tensor, ...] | None"]
 
-_NHWC = torch.channels_last
+_NHWC, _NHWC_ORDER = torch.channels_last, (0, 2, 3, 1)
 _KINDS = (FakeTensor, Tensor, nn.Parameter)
 _SEEN: dict[Any, Any] = {}  # signature -> recipe of the result
 _MOST = 1 << 16  # signatures
@@ -66,9 +66,11 @@ class QuickFakes(TorchDispatchMode):
         return run_on_fakes(op, args, kwargs or {})
 
 
-def new_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A dense fake tensor."""
-    return _made(shape, _strides(shape, nhwc=False), dtype, device, mode)
+def new_fake(
+    mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device, order: Sequence[int] = ()
+) -> Tensor:
+    """A dense fake tensor, whose axes lie in memory in this order, the slowest first; in the usual one by default."""
+    return _made(shape, _strides(shape, order), dtype, device, mode)
 
 
 # -- what was seen ------------------------------------------------------------------------------
@@ -164,14 +166,13 @@ def _blank(like: Tensor, shape: Sequence[int]) -> Tensor | None:
         return None
     sizes = tuple(shape)
     nhwc = len(sizes) == 4 == like.ndim and not like.is_contiguous() and like.is_contiguous(memory_format=_NHWC)
-    return _made(sizes, _strides(sizes, nhwc), like.dtype, like.fake_device, like.fake_mode)
+    return _made(sizes, _strides(sizes, _NHWC_ORDER if nhwc else ()), like.dtype, like.fake_device, like.fake_mode)
 
 
-def _strides(sizes: Sequence[int], nhwc: bool) -> tuple[int, ...]:
-    """Of a dense tensor."""
-    order = (1, 3, 2, 0) if nhwc else reversed(range(len(sizes)))
+def _strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Of a dense tensor, see :func:`new_fake`."""
     strides, step = [0] * len(sizes), 1
-    for axis in order:
+    for axis in reversed(order or range(len(sizes))):
         strides[axis] = step
         step *= max(1, sizes[axis])
     return tuple(strides)

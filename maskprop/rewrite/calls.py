@@ -48,10 +48,8 @@ class Arguments:
         """The same structure with fresh fake tensors in place of nodes, which lie in memory as the recorded ones."""
 
         def made(node: fx.Node) -> Tensor:
-            meta, sizes = node.meta["tensor"], tuple(shape(node))
-            order = meta.order or tuple(range(len(sizes)))
-            lying = new_fake(self.fake, [sizes[d] for d in order], meta.dtype, meta.device)
-            return lying.permute([order.index(d) for d in range(len(order))])
+            meta = node.meta["tensor"]
+            return new_fake(self.fake, tuple(shape(node)), meta.dtype, meta.device, meta.order)
 
         return map_tensors(value, made, fx.Node)
 

@@ -7,39 +7,47 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from maskprop.graph.graph import Graph
 from maskprop.graph.record import Recorder
+from maskprop.graph.shapes import new_fake
 from maskprop.graph.trace import Inputs, quiet, record
 
-# Whether a call is what the plan expects in the place of a dense one: the dense call; target, arguments, keyword
-# arguments (with dense nodes in place of tensors) and metadata of the compact one.
-Agrees = Callable[[fx.Node, Any, tuple[Any, ...], dict[str, Any], Any], bool]
+if TYPE_CHECKING:
+    from maskprop.rewrite.replay import Replay
+
+# Layers whose result follows from the sizes of what they are given and of their own tensors.
+_PLAIN = {
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear),
+    *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
+}
 
 
-def follows(model: nn.Module, inputs: Inputs, graph: Graph, agrees: Agrees, constant: Callable[..., bool]) -> bool:
+def follows(model: nn.Module, inputs: Inputs, graph: Graph, replay: Replay) -> bool:
     """Whether a compact model makes exactly the calls of the dense one's graph.
 
     Args:
         model: compact.
         inputs: the dummy input.
         graph: of the dense model, traced on fake tensors.
-        agrees: compares a call.
-        constant: whether a tensor that ``forward`` makes of numbers is what the plan expects of a dense one's node.
+        replay: says what the plan expects of each call.
 
     Returns:
         ``False`` as soon as anything is not quite the same; it may still be as good.
     """
-    follower = _Follower(model, graph, agrees)
+    follower = _Follower(model, graph, replay)
     try:
         with quiet():
             record(follower, model, inputs)
     except Exception:  # of the author's forward, too: a whole replay tells what is wrong
         return False
-    return all(constant(node, tensor) for node, tensor in follower.constants)
+    return all(replay.agrees_constant(node, tensor) for node, tensor in follower.constants)
 
 
 class _Diverged(Exception):
@@ -49,26 +57,27 @@ class _Diverged(Exception):
 class _Follower(Recorder):
     """Binds the compact model's tensors to the nodes of the dense graph."""
 
-    def __init__(self, model: nn.Module, graph: Graph, agrees: Agrees) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, replay: Replay) -> None:
         super().__init__(model, concrete=False)
         nodes = graph.nodes
         self.graph.training = graph.training
         self.constants: list[tuple[fx.Node, Tensor]] = []
-        self._agrees = agrees
+        self._replay = replay
         self._diverged = False
-        self._ops = iter(graph.ops)
+        self._ops, self._done = graph.ops, 0
         self._inputs = iter([n for n in nodes if n.op == "placeholder"])
         self._lifted = iter([n for n in nodes if "lifted" in n.meta])
         self._states = {str(n.target): n for n in nodes if n.op == "get_attr"}
         self._parts = {n.args: n for n in nodes if n.target is operator.getitem}
         self._outputs = nodes[-1].args[0]
+        self._results = {call.number: call.result for call in graph.history}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         self._bind(tensor, next(self._inputs))
 
     def finish(self, outputs: list[tuple[str, Tensor]]) -> Graph:
         same = tuple(self._node(t) for _, t in outputs) == self._outputs
-        if self._diverged or not same or next(self._ops, None) is not None:
+        if self._diverged or not same or self._done < len(self._ops):
             raise self._divergence()
         return self.graph
 
@@ -87,10 +96,56 @@ class _Follower(Recorder):
         if target is operator.getitem:
             # a part that the dense model never reads has no node there
             return self._parts.get(args) or super()._emit_tagged(target, args, kwargs, meta, place)
-        want = next(self._ops, None)
-        if want is None or not self._agrees(want, target, args, kwargs, meta):
+        want = self._ops[self._done] if self._done < len(self._ops) else None
+        if want is None or not self._replay.agrees(want, target, args, kwargs, meta):
             raise self._divergence()
+        self._done += 1
         return want
 
     def _note_read(self, node: fx.Node) -> None:
         raise self._divergence()
+
+    # -- layers of torch's own -------------------------------------------------------------------
+
+    def _run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        known = None
+        if type(module) in _PLAIN and len(args) == 1 and isinstance(args[0], FakeTensor) and _is_untouched(module):
+            known = self._skip_call(args[0])
+        if known is None:
+            return call(module, *args, **kwargs)
+        if getattr(module, "inplace", False):
+            self._values[id(args[0])].write(known, self._emit)
+            return args[0]
+        meta = known.meta["tensor"]
+        made = new_fake(args[0].fake_mode, self._replay.shape(known), meta.dtype, meta.device, meta.order)
+        self._bind(made, known)
+        return made
+
+    def _call_at_hand(self) -> list[fx.Node]:
+        """The ops of the dense model's call of the running module, if it comes next."""
+        done = self._done
+        if done == len(self._ops) or self._ops[done].meta["path"] != self._stack[-1][0]:
+            return []
+        number = self._ops[done].meta["call"]
+        while done < len(self._ops) and self._ops[done].meta["call"] == number:
+            done += 1
+        return self._ops[self._done : done]
+
+    def _skip_call(self, given: Tensor) -> fx.Node | None:
+        """What the running call results in, if it is given the same as in the dense model; its ops count as done."""
+        own = self._call_at_hand()
+        if not own or any(op in self._replay.alignment.numbers for op in own):
+            return None
+        number = own[0].meta["call"]
+        read = {n for op in own for n in op.all_input_nodes if n.op != "get_attr" and n.meta["call"] != number}
+        result = self._results[number]
+        if not isinstance(result, fx.Node) or read != {self._node(given)}:
+            return None
+        self._done += len(own)
+        return result
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward and no more."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not (hooks or _has_any_global_hook())

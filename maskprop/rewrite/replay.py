@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +167,9 @@ class Replay:
         """Whether the compact model does exactly what the plan expects, with no reshape more or less."""
         if self.concrete or self.replaced or self._new_biases:
             return False
-        return follows(model, inputs, self._graph, self._agrees, self._agrees_constant)
+        return follows(model, inputs, self._graph, self)
 
-    def _agrees(self, want: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> bool:
+    def agrees(self, want: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> bool:
         """Whether a compact call, with dense nodes for tensors, is the dense one but for the sizes that it is given."""
         wanted, actual = self.shapes[want], _shapes_of(meta)
         if not _same_target(want.target, target) or want in self.alignment.numbers:
@@ -186,7 +187,8 @@ class Replay:
             and all(a == b or i in sizes for i, (a, b) in enumerate(zip(args, want.args, strict=True)))
         )
 
-    def _agrees_constant(self, node: fx.Node, constant: Tensor) -> bool:
+    def agrees_constant(self, node: fx.Node, constant: Tensor) -> bool:
+        """Whether a tensor that ``forward`` makes of numbers is what the plan expects of the dense one."""
         kept = self._constant(node)
         return kept is None or constant.is_meta or _equal(kept, constant)
 
@@ -327,6 +329,16 @@ class Replay:
         (source,), shape = node.all_input_nodes, _in_shape(node)
         start = _start(node, shape)
         return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The compact shape of a value that is read."""
+        if node.target is operator.getitem:
+            several, index = node.args
+            found = self.shapes[several][index]  # type: ignore[index]
+        else:
+            (found,) = self.shapes[node]
+        assert found is not None
+        return found
 
     def numbers(self, node: fx.Node) -> list[float]:
         """The numbers that a call gives its op to compute with, as the plan wants them."""
