@@ -14,11 +14,13 @@ from rule_check import Trial, check_couple, check_known, check_needed
 from torch._ops import OpOverload
 
 from maskprop.infer.rules import find_rule, registered
+from maskprop.infer.rules.draws import Draw
 
 aten = torch.ops.aten
 GPU_ONLY = {aten.cudnn_batch_norm.default}
 SINGLE_ONLY = {aten._grouped_mm.default}  # its kernel takes no doubles, in which these checks compute: test_grouped.py
 UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}  # no numbers to compare
+DRAWS = {op for op in registered() if isinstance(find_rule(op), Draw)}  # nor here: test_surroundings.py
 # They read no axis that could shrink, or all of them.
 NOTHING_LEAVES = {
     aten.zeros.default, aten.ones.default, aten.full.default, aten.scalar_tensor.default, aten.mean.default,
@@ -39,7 +41,7 @@ def test_rule(target: OpOverload, r: random.Random) -> None:
 
 
 def test_every_rule_has_cases() -> None:
-    assert set(registered()) - set(CASES) == GPU_ONLY | SINGLE_ONLY | UNDEFINED
+    assert set(registered()) - set(CASES) == GPU_ONLY | SINGLE_ONLY | UNDEFINED | DRAWS
 
 
 @pytest.mark.parametrize("target", sorted(set(CASES) - NOTHING_LEAVES, key=str), ids=str)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskprop import ModelSpeedup
 from maskprop._torchvision import import_torchvision
-from maskprop.errors import WrappedModelError
+from maskprop.errors import VerifyError, WrappedModelError
 from tests.models import randomise
 
 KEEP = torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 0])
@@ -229,3 +229,75 @@ def test_models_that_draw_random_numbers(generator: torch.Generator) -> None:
     assert np.random.get_state()[1].tolist() == states[2]
     torch.manual_seed(3)
     assert_close(model(x), expected)
+
+
+class Drawing(nn.Module):
+    """Monte Carlo dropout and sampled latents: of what leaves nothing is drawn any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mean, self.spread, self.b = (nn.Linear(*s) for s in ((4, 8), (8, 6), (8, 6), (6, 3)))
+        self.wrong = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.a(x).relu(), 0.4, training=True)
+        mean, deviation = self.mean(x), self.spread(x).tanh().exp()
+        return self.b(mean + deviation * torch.randn_like(deviation)) * self.wrong
+
+
+def test_models_that_draw_less_once_units_left(generator: torch.Generator) -> None:
+    model = Drawing().eval()
+    randomise(model, generator)
+    keep = (torch.arange(8) % 2).float()
+    masks = {"a.weight": keep[:, None], "a.bias": keep, "b.weight": (torch.arange(6) > 1).float()[None]}
+    speedup = ModelSpeedup(model, torch.randn(2, 4, generator=generator), masks)
+    speedup.speedup_model()
+    assert (model.a.out_features, model.mean.out_features) == (4, 4)
+    assert speedup.report.check is not None
+    assert speedup.report.check.passed
+
+
+def test_a_wrong_model_that_draws_is_found(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that is no matter of luck is one still."""
+    model = Drawing().eval()
+    randomise(model, generator)
+    monkeypatch.setattr("maskprop.rewrite.repair.Repair._keep_roots", lambda *_: setattr(model, "wrong", 1.01))
+    with pytest.raises(VerifyError):
+        ModelSpeedup(model, torch.randn(2, 4), {"a.weight": KEEP[:, None], "a.bias": KEEP}).speedup_model()
+
+
+class Draws(nn.Module):
+    """What is made of a hidden value and random numbers."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.draw = nn.Linear(4, 8), nn.Linear(8, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.draw(self.a(x).relu()))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: F.dropout1d(x[..., None], 0.4, training=True).squeeze(-1),
+        lambda x: x * torch.empty_like(x).normal_(1, 2),
+        lambda x: x * torch.zeros_like(x).exponential_(),
+        lambda x: x * torch.rand(x.shape, dtype=x.dtype),
+        lambda x: x * torch.randn(len(x), x.shape[-1]).abs(),
+        lambda x: x * (0.9 + torch.rand(len(x), 1)).floor_(),
+        lambda x: x * torch.bernoulli(x.sigmoid()),
+        lambda x: x * torch.normal(x, x.abs() + 1),
+        lambda x: x * torch.distributions.Normal(x, x.exp(), validate_args=False).rsample(),
+        lambda x: x * torch.randint_like(x, 3),
+    ],
+)
+def test_draws_of_every_kind(draw: Callable[[Tensor], Tensor], generator: torch.Generator) -> None:
+    model = Draws(draw).eval()
+    randomise(model, generator)
+    masks = {"a.weight": KEEP[:, None], "a.bias": KEEP}
+    speedup = ModelSpeedup(model, torch.randn(2, 4, generator=generator), masks)
+    speedup.speedup_model()
+    assert model.a.out_features == 5
+    assert speedup.report.check is not None
+    assert speedup.report.check.error <= 1e-6

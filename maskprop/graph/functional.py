@@ -66,16 +66,17 @@ def functional_overload(op: OpOverload) -> OpOverload:
         UnsupportedOpError: there is none.
     """
     namespace, name = op._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.rstrip("_") or name, None)
+    pure = name.rstrip("_") or name
     wanted = [a.name for a in op._schema.arguments if not a.is_out]
-    for overload in [op._overloadname, *packet.overloads()] if packet is not None else []:
-        found = getattr(packet, overload, None)
-        if (
-            isinstance(found, OpOverload)
-            and not found._schema.is_mutable
-            and [a.name for a in found._schema.arguments] == wanted
-        ):
-            return found
+    for packet in (getattr(getattr(torch.ops, namespace), n, None) for n in (pure, f"{pure}_functional")):
+        for overload in [op._overloadname, *packet.overloads()] if packet is not None else []:
+            found = getattr(packet, overload, None)
+            if (
+                isinstance(found, OpOverload)
+                and not found._schema.is_mutable
+                and [a.name for a in found._schema.arguments] == wanted
+            ):
+                return found
     raise UnsupportedOpError(
         f"{op} writes to its argument and has no functional form. Replace it in the model's forward by an "
         "op that returns its result."

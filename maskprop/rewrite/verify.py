@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from maskprop.graph.randomness import generators_kept
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs, frozen_state, masked_tensors, not_compiled, trace
 from maskprop.infer.facts import everywhere
+from maskprop.rewrite.draws import StillDraws
 from maskprop.rewrite.reference import Values, masked_values, outputs_of, run_graph
 from maskprop.rewrite.replay import Replay
 
@@ -112,10 +114,14 @@ class Reference:
         graph: of the dense model.
         run: gives the masked model's outputs for a batch.
         batches: inputs to compare on.
+        still: whether all that is drawn is the same number (see :class:`~maskprop.rewrite.draws.StillDraws`).
     """
 
-    def __init__(self, graph: Graph, run: Callable[[Inputs], list[Tensor]], batches: Sequence[Inputs]) -> None:
+    def __init__(
+        self, graph: Graph, run: Callable[[Inputs], list[Tensor]], batches: Sequence[Inputs], still: bool = False
+    ) -> None:
         self._run = run
+        self._still = still
         self.batches: list[Inputs] = []
         self.outputs: list[list[Tensor]] = []
         self.paths = graph.output_paths
@@ -130,7 +136,7 @@ class Reference:
             NonFiniteError: an output of the masked model is nan, so that nothing can be compared.
             Exception: whatever the model raises for them.
         """
-        outputs = _drawing_alike(self._run, batch)
+        outputs = self._drawing_alike(self._run, batch)
         for path, output in zip(self.paths, outputs, strict=True):
             if output.is_floating_point() and bool(output.isnan().any()):
                 raise NonFiniteError(
@@ -149,7 +155,7 @@ class Reference:
         """
         worst = Check("", 0.0, TOLERANCE[torch.float32])
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
-            got = _drawing_alike(run, batch)
+            got = self._drawing_alike(run, batch)
             if len(got) != len(wanted):
                 return Check("the number of outputs", float("inf"), 0.0)
             for path, (_, actual), expected in zip(self.paths, got, wanted, strict=True):
@@ -157,6 +163,11 @@ class Reference:
                 if check.error - check.tolerance > worst.error - worst.tolerance or not worst.output:
                     worst = check
         return worst
+
+    def _drawing_alike(self, run: Callable[[Inputs], _Outputs], batch: Inputs) -> _Outputs:
+        """Run a model that may draw random numbers, which are the same whenever it does."""
+        with generators_kept(seed=0), StillDraws() if self._still else nullcontext():
+            return run(batch)
 
     def constant_outputs(self) -> list[str]:
         """Outputs that do not vary: no comparison on them proves anything."""
@@ -207,12 +218,6 @@ def compare_outputs(actual: Sequence[tuple[str, Tensor]], expected: Sequence[tup
     if len(actual) != len(expected):
         return [Check("the number of outputs", float("inf"), 0.0)]
     return [_check(path or "output", a, e) for (_, a), (path, e) in zip(actual, expected, strict=True)]
-
-
-def _drawing_alike(run: Callable[[Inputs], _Outputs], batch: Inputs) -> _Outputs:
-    """Run a model that may draw random numbers, which are the same whenever it does."""
-    with generators_kept(seed=0):
-        return run(batch)
 
 
 def _coarsest(graph: Graph) -> float:

@@ -2,6 +2,7 @@
 
 from maskprop.infer.rules import (
     convolution,
+    draws,
     gated,
     grouped,
     joining,
@@ -25,7 +26,7 @@ from maskprop.infer.rules.registry import (
 )
 
 __all__ = [
-    "Rule", "convolution", "find_rule", "gated", "grouped", "joining", "lookup", "matmul", "movement", "norms",
+    "Rule", "convolution", "draws", "find_rule", "gated", "grouped", "joining", "lookup", "matmul", "movement", "norms",
     "pointwise", "reductions", "register", "register_rule", "registered", "scatter", "spatial", "spectral",
     "unregister_rule",
 ]  # fmt: skip
