@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -50,17 +52,22 @@ class Heads(nn.Module):
         return self.out(y.relu().flatten(1) * torch.tensor(self.factor))
 
 
-@pytest.mark.parametrize(("change", "same"), [({}, True), ({"heads": 4}, False), ({"factor": 3.0}, False)])
+CHANGES = [({}, True), ({"heads": 4}, False), ({"factor": 3.0}, False), ({"wider": 1}, False)]
+
+
+@pytest.mark.parametrize(("change", "same"), CHANGES)
 def test_a_model_that_goes_another_way_is_not_followed(
-    change: dict[str, float], same: bool, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
 
     def follows(self: Replay, model: nn.Module, inputs: replay.Inputs) -> bool:
-        right = model.heads, model.factor
+        right, weight = (model.heads, model.factor), model.out.weight.data
+        model.out.weight.data = torch.ones(4, weight.shape[1] + change.get("wider", 0))
         model.heads, model.factor = change.get("heads", right[0]), change.get("factor", right[1])
         found.append(whole(self, model, inputs))
         model.heads, model.factor = right
+        model.out.weight.data = weight
         return found[-1]
 
     whole = Replay.follows

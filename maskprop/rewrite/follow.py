@@ -6,7 +6,7 @@ Most compact models do so to their end. Then there is nothing to explain, and no
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -113,6 +113,8 @@ class _Follower(Recorder):
             known = self._skip_call(args[0])
         if known is None:
             return call(module, *args, **kwargs)
+        if not _fits(module, args[0].shape, self._replay.shape(known)):
+            raise self._divergence()
         if getattr(module, "inplace", False):
             self._values[id(args[0])].write(known, self._emit)
             return args[0]
@@ -143,6 +145,24 @@ class _Follower(Recorder):
             return None
         self._done += len(own)
         return result
+
+
+def _fits(module: nn.Module, given: Sequence[int], made: Sequence[int]) -> bool:
+    """Whether a layer's own tensors are as large as what it is given, and what the plan says that it makes, ask for."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not tensors:
+        return tuple(given) == tuple(made)
+    if isinstance(module, nn.Linear):
+        wide, (weight, *rest) = (made[-1],), tensors
+        fits = tuple(weight.shape) == (made[-1], given[-1])
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        channels = len(made) - len(module.kernel_size) - 1
+        wide, (weight, *rest) = (made[channels],), tensors
+        rows, columns = (given, made) if module.transposed else (made, given)
+        fits = (weight.shape[0], weight.shape[1] * module.groups) == (rows[channels], columns[channels])
+    else:
+        wide, rest, fits = (given[1],), [t for t in tensors if t.ndim], tuple(given) == tuple(made)
+    return fits and all(tuple(t.shape) == wide for t in rest)
 
 
 def _is_untouched(module: nn.Module) -> bool:
