@@ -59,6 +59,11 @@ def shrunk(target: OpOverload, kwargs: dict[str, Any], args: Callable[[Smaller],
 # -- pointwise ----------------------------------------------------------------------------------
 
 
+@case(aten.tril.default, aten.triu.default)
+def triangle(r: random.Random, target: OpOverload) -> Case:
+    return Case(target, (Arg(shape(r, 2)), r.randint(-2, 2)))
+
+
 @case(
     aten.relu.default, aten.gelu.default, aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.exp.default,
     aten.neg.default, aten.hardswish.default, aten.abs.default, aten.sign.default, aten.floor.default,
@@ -538,6 +543,14 @@ def _places(r: random.Random, index: Shape, dim: int, full: Shape) -> Arg:
     count = list(index)
     count[dim] = full[dim]
     return given(torch.rand(count, generator=draw).argsort(dim).narrow(dim, 0, index[dim]))
+
+
+@case(aten.index_fill.int_Scalar)
+def index_fill(r: random.Random, target: OpOverload) -> Case:
+    full = shape(r, 1)
+    dim = r.randrange(-len(full), len(full))
+    index = given(torch.tensor([r.randrange(full[dim]) for _ in range(r.randint(0, 3))], dtype=torch.int64))
+    return Case(target, (Arg(full), dim, index, r.choice([0, 0, 1.5])))
 
 
 @case(aten.index_add.default, aten.index_copy.default)

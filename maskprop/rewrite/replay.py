@@ -227,6 +227,8 @@ class Replay:
                 return Mismatch(self._place[want], str(want.meta["path"]), want, wanted, actual, got=got)
         n = min(len(dense), len(compact))
         at = dense[n] if n < len(dense) else None
+        if error is not None and n:  # which may be raised by a reshape that is not compared
+            at = next((op for op in self.dense(True, expected) if self._place[op] > self._place[dense[n - 1]]), at)
         index = len(self.ops) if at is None else self._place[at]
         if error is not None:
             return Mismatch(

@@ -484,3 +484,27 @@ class CopiedHeads(nn.Module):
         q = self.q(x).view(n, t, self.heads, 4).transpose(1, 2)
         gate, shift = (v.repeat(1, self.heads, 1, 1) for v in self.v(x).view(n, t, 2, 4).transpose(1, 2).chunk(2, 1))
         return self.o((q * gate + shift).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(
+    vectors(3, 5, 8),
+    {"merge.weight": (ALL, slice(0, 4))},
+    {"qkv.weight": (12, 8), "qkv.bias": (12,), "merge.weight": (8, 4)},
+)
+class EinsumOfOneHead(nn.Module):
+    """einsum moves an axis of one head elsewhere, and the reshape behind it, whose size is the input's, is at fault"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.dim = 2, 4
+        self.qkv, self.merge = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, g, t, width = x.shape
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q = q.reshape(b, g, t, self.heads, self.dim).permute(0, 1, 3, 2, 4)
+        k = k.reshape(b, g, t, self.heads, self.dim).permute(0, 1, 3, 2, 4)
+        v = v.reshape(b, g, t, self.heads, self.dim).permute(0, 1, 3, 2, 4)
+        weights = torch.einsum("bghid, bghjd -> bghij", q, k).softmax(-1)
+        out = torch.einsum("bghij, bghjd -> bghid", weights, v)
+        return self.merge(out.permute(0, 1, 3, 2, 4).reshape(b, g, t, width))

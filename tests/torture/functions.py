@@ -407,3 +407,14 @@ def scale_by_sqrt_width(h: Tensor) -> Tensor:
 @between(8, 8)
 def python_sum_width(h: Tensor) -> Tensor:
     return h * sum(h.shape)
+
+
+@between(5, 6)
+def triangle(h: Tensor) -> Tensor:
+    h = h.transpose(1, 2)
+    return (h[..., None] * h[..., None, :]).tril().sum(-1).transpose(1, 2)
+
+
+@between(5, 8)
+def index_fill(h: Tensor) -> Tensor:
+    return h.index_fill(1, torch.tensor([0, 2]), 0.0)

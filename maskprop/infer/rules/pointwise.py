@@ -207,6 +207,29 @@ class Prelu(Pointwise):
         return self._fact(op, facts, (x.known & w.known) | zero, zero)
 
 
+@register(aten.tril.default, aten.triu.default)
+class Triangle(Pointwise):
+    """Of the last two axes a triangle stays and the rest is zero, as in a product with a table: neither can shrink."""
+
+    def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
+        (fact,) = facts
+        if fact.plain or fact.nothing:
+            found = Rule.known(self, op, facts)
+            assert isinstance(found, Fact)
+            return found
+        outside = lead(op.run(torch.ones(op.shape[-2:])) == 0, len(op.shape))
+        value = torch.where(outside, torch.zeros((), dtype=fact.value().dtype), fact.value())
+        known = fact.known | outside
+        return Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
+
+    def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
+        ndim = len(op.shape)
+        for axis in (ndim - 2, ndim - 1):
+            c.pin(labels[0][axis], "is an axis of a triangle")
+        rest = [c.uniform(a, [ndim - 2, ndim - 1]) for a in labels[0][:-2]]
+        return [*rest, None, None]
+
+
 @register(
     aten.zeros.default, aten.ones.default, aten.full.default, aten.zeros_like.default, aten.ones_like.default,
     aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,

@@ -131,6 +131,17 @@ class IndexWrite(_Writes):
         return {source: [None if d == dim else d for d in range(ndim)]}
 
 
+@register(aten.index_fill.int_Scalar)
+class IndexFill(_Writes):
+    """One number in the slices at indices along one axis."""
+
+    def _axes(self, op: Op) -> dict[int, Axes] | None:
+        return {1: [None]} if op.shape else None
+
+    def _looked(self, op: Op, axes: dict[int, Axes]) -> list[int]:
+        return [op.arg("dim") % len(op.shape)]
+
+
 @register(aten.index_put.default, aten._unsafe_index_put.default)
 class IndexPut(_Writes):
     """``x[i, :, j] = y`` or ``+= y``, the written values broadcast."""
