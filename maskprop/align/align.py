@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,8 +153,9 @@ def align_alike(inference: Inference, other: Inference, alignment: Alignment) ->
 def _plan(states: Mapping[str, fx.Node], c: Coupling, s: Solution) -> Plan:
     """What stays of the model's own tensors."""
     plan = Plan()
+    found = {key: _keeps(labels, s) for key, labels in _distinct(map(c.labels_of, states.values())).items()}
     for name, node in states.items():
-        keeps = _keeps(c.labels_of(node), s)
+        keeps = found[_key(c.labels_of(node))]
         if keeps:
             plan.shapes[name] = shape_of(node)
             plan.keep[name] = keeps
@@ -169,6 +170,15 @@ def _worth(plain: tuple[Coupling, Solution], cut: tuple[Coupling, Solution]) -> 
         return 0 if found is None else int(walk[1].leaves(found[1]).sum())
 
     return frozenset(key for key in cut[0].cuttable if count(cut, key) > count(plain, key))
+
+
+def _distinct(tensors: Iterable[Labels]) -> dict[Hashable, Labels]:
+    """Labels of tensors, each kind once: the vectors of a norm share theirs with the rows before it."""
+    return {_key(labels): labels for labels in tensors}
+
+
+def _key(labels: Labels) -> Hashable:
+    return tuple(None if a is None else (a.data_ptr(), a.shape, a.stride()) for a in labels)
 
 
 def _states(inference: Inference) -> dict[str, fx.Node]:
@@ -192,7 +202,7 @@ def _solved(
     c = couple(inference, constants, even, cuts)
     c.pins += extra_pins
     states = _states(inference)
-    axes = owned_axes(c.labels_of(node) for node in states.values())
+    axes = owned_axes(_distinct(map(c.labels_of, states.values())).values())
     owned = [a for one in axes if (a := one.labels[one.axis]) is not None]
     s = Solution(c, owned)
     flat = [a for a in owned if a.numel() == max(a.shape)]

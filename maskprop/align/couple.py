@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from maskprop.graph.graph import is_op, shape_of
-from maskprop.infer.coupling import Coupling, Cut, Labels, moved
+from maskprop.infer.coupling import Coupling, Cut, Labels, LabelsOf, moved
 from maskprop.infer.facts import lead
 from maskprop.infer.op import Op
 from maskprop.infer.rules.movement import Movement, Parts
@@ -50,7 +50,7 @@ def couple(
             c.labels[node] = c.labels[node.args[0]][node.args[1]]
         elif node.op == "call_function":
             op = inference.op(node)
-            labels = [c.labels_of(n) for n in op.inputs]
+            labels: Sequence[Labels] = LabelsOf(op.inputs, c)
             pointwise = torch.Tag.pointwise in op.target.tags or op.target is torch.ops.aten.baddbmm.default
             if pointwise and node not in literal:
                 labels = [_on_entry(op, i, labels, c) if n in shared else labels[i] for i, n in enumerate(op.inputs)]

@@ -59,8 +59,7 @@ class Solution:
         self._rows = np.zeros(count, dtype=bool)
         self._rows[self.triples[:, 0]] = True
         self._pin_unowned(owned, count)
-        for pin in c.pins:
-            self.may[self.group[_flat(pin.labels)]] = False
+        self.may[self.group[_joined([pin.labels for pin in c.pins])]] = False
         self.removed = np.zeros(count, dtype=bool)
         self.restored: dict[int, str] = {}
         self.rounds = 0
@@ -74,8 +73,7 @@ class Solution:
         family = _components(count, links)
         for arrays in (owned, self.coupling.read):
             some = np.zeros(count, dtype=bool)
-            for labels in arrays:
-                some[family[self.group[_flat(labels)]]] = True
+            some[family[self.group[_joined(arrays)]]] = True
             self.may &= some[family] if count else self.may
 
     def groups_of(self, labels: Tensor) -> Ints:
@@ -266,6 +264,11 @@ def _flat(labels: Tensor) -> Ints:
             labels = labels.narrow(axis, 0, 1)
     found: Ints = labels.reshape(-1).numpy()
     return found
+
+
+def _joined(arrays: Sequence[Tensor]) -> Ints:
+    """The labels in several arrays."""
+    return np.concatenate([_flat(labels) for labels in arrays]) if arrays else np.zeros(0, dtype=np.int64)
 
 
 def _pairs(edges: Sequence[tuple[Tensor, Tensor]]) -> Ints:

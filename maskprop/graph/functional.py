@@ -8,6 +8,7 @@ pure ops only, and ``x[:, :k] = y`` reads as ``slice_scatter``.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Value:
             self.seen = self.parent.version
 
 
+@functools.cache
 def functional_overload(op: OpOverload) -> OpOverload:
     """The pure overload of an in-place or ``out=`` op.
 

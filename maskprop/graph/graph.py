@@ -186,8 +186,8 @@ class Graph:
 
     def _problem(self, node: Node, made: set[Node]) -> str:
         """What is wrong with a node, given those before it."""
-        late = next((n for n in node.all_input_nodes if n not in made), None)
-        if late is not None:
+        if not made.issuperset(node.all_input_nodes):
+            late = next(n for n in node.all_input_nodes if n not in made)
             return f"reads '{late.name}', which is not made before it"
         if node.op == "output":
             return ""

@@ -369,8 +369,9 @@ class Recorder(TorchDispatchMode):
 
     def _note_written(self, op: OpOverload, args: Any) -> None:
         """Remember which of the model's own tensors a forward pass writes to."""
-        for a, arg in zip(op._schema.arguments, args, strict=False):
-            if a.alias_info is not None and a.alias_info.is_write and isinstance(arg, Tensor):
+        for position in _written(op):
+            arg = args[position] if position < len(args) else None
+            if isinstance(arg, Tensor) and not isinstance(arg, FakeTensor):  # the model's own are not fake
                 name = self._storages.get(arg.untyped_storage()._cdata)
                 if name is not None:
                     self.graph.mutated.add(name)
@@ -386,6 +387,13 @@ def _physical(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+@functools.cache
+def _written(op: OpOverload) -> list[int]:
+    """Positions of the arguments that an op writes to."""
+    infos = [a.alias_info for a in op._schema.arguments]
+    return [i for i, info in enumerate(infos) if info is not None and info.is_write]
 
 
 @functools.cache

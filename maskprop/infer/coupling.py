@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
@@ -186,15 +186,18 @@ class Coupling:
 
         They may vary along other axes of it, and need not be tied to labels of its own.
         """
-        own = self.labels_of(node)
+        ndim = len(shape_of(node))
         first = node.op == "get_attr" and next(iter(node.users)).name == self.node and (node, axis) not in self._bound
         if labels is not None:
-            labels = labels.reshape(labels.shape + (1,) * (len(own) - labels.ndim))
+            labels = labels.reshape(labels.shape + (1,) * (ndim - labels.ndim))
         if first and labels is not None:
-            own[axis] = labels
+            if ndim == 1:
+                self.labels[node] = [labels]
+            else:
+                self.labels_of(node)[axis] = labels
             self._bound.add((node, axis))
         else:
-            self.equal(own[axis], labels)
+            self.equal(self.labels_of(node)[axis], labels)
 
     # -- what a rule may state ------------------------------------------------------------------
 
@@ -321,6 +324,27 @@ class Coupling:
 def owned_axes(tensors: Iterable[Labels]) -> list[Axis]:
     """The axes of tensors that can shrink, by the labels of each tensor."""
     return [Axis(tuple(labels), i) for labels in tensors for i, own in enumerate(labels) if own is not None]
+
+
+class LabelsOf(Sequence[Labels]):
+    """Labels of several values, of each only when it is asked for: a vector may be bound to others' instead."""
+
+    def __init__(self, nodes: Sequence[fx.Node], c: Coupling) -> None:
+        self._nodes, self._coupling = nodes, c
+
+    @overload
+    def __getitem__(self, at: int) -> Labels: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Labels]: ...
+
+    def __getitem__(self, at: int | slice) -> Labels | list[Labels]:
+        if isinstance(at, slice):
+            return [self._coupling.labels_of(node) for node in self._nodes[at]]
+        return self._coupling.labels_of(self._nodes[at])
+
+    def __len__(self) -> int:
+        return len(self._nodes)
 
 
 def moved(array: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -69,18 +69,21 @@ class Op:
         """An argument by its schema name; a node where a tensor was given."""
         return self._named.get(name, default)
 
-    def position(self, name: str) -> int | None:
-        """Where a tensor argument stands in ``inputs``; ``None`` if it was not given."""
-        before = 0
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        before, found = 0, {}
         for argument in _signature(self.target)[0]:
             value = self._named.get(argument)
-            if argument == name:
-                return before if isinstance(value, fx.Node) else None
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, fx.Node):
+                found[argument] = before
+                before += 1
+            elif isinstance(value, (list, tuple)):
                 before += sum(isinstance(v, fx.Node) for v in value)
-            else:
-                before += isinstance(value, fx.Node)
-        return None
+        return found
+
+    def position(self, name: str) -> int | None:
+        """Where a tensor argument stands in ``inputs``; ``None`` if it was not given."""
+        return self._positions.get(name)
 
     def run(self, *tensors: Tensor) -> Any:
         """Call the op again with other tensors in place of its inputs.

@@ -87,14 +87,15 @@ def find_dead(
     Returns:
         The layers; none if the author's forward reads what they would lose.
     """
-    used = _live(graph)
-    if graph.opaque or not any(_turns_constant(n, inference) for n in graph.ops if n in used):
+    constant = [] if graph.opaque else [n for n in graph.ops if _turns_constant(n, inference)]
+    used = _live(graph) if constant else set()
+    if used.isdisjoint(constant):
         return []
     layers = [layer for layer in _layers(model, graph) if not within(layer.path, spared)]
     ends: list[DeadLayer] = []
     while True:
-        constant = (layer for layer in layers if layer not in ends and layer.turns_constant(inference, used))
-        more = [layer for layer in constant if layer.follows]
+        found = (layer for layer in layers if layer not in ends and layer.turns_constant(inference, used))
+        more = [layer for layer in found if layer.follows]
         if not more:
             break
         ends += more

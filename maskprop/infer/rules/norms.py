@@ -56,14 +56,15 @@ class BatchNorm(Rule):
         seen, _ = channel_constant(x)
         if all(f.total for f in facts) and not bool(seen.all()):  # maps that vary by the distance to the borders
             return evaluate(op, facts)
-        known = seen if weight is None else seen | weight.zero
+        known = seen if weight is None or weight.plain else seen | weight.zero
         if not bool(known.any()):
             return Fact.unknown(ndim), *unknowns(op)[1:]
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
         if bool(seen.any()) and mean is not None and var is not None and not self._on_batch(op):
             value = (channel_value(x) - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
-            value = torch.where(seen, value if weight is None else value * weight.value(), 0.0)
+            value = value if weight is None else value * weight.value()
+            value = value if known is seen else torch.where(seen, value, 0.0)
         if bias is not None:
             value = value + bias.value()
         first = Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
