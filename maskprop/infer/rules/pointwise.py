@@ -213,7 +213,7 @@ class Triangle(Pointwise):
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         (fact,) = facts
-        if fact.plain or fact.nothing:
+        if fact.total or fact.nothing:
             found = Rule.known(self, op, facts)
             assert isinstance(found, Fact)
             return found
