@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -121,13 +121,13 @@ def align(
     return Alignment(c, s, plan, states, rescale_means(plan, c, s) | recount(c, s), held)
 
 
-def align_alike(inference: Inference, other: Inference, alignment: Alignment) -> Alignment | None:
+def align_alike(inference: Inference, alignment: Alignment, left: Collection[fx.Node]) -> Alignment | None:
     """Let leave in one pass of a model just what left in another one, and what leaves with it.
 
     Args:
         inference: of the one pass, after its sweeps.
-        other: of the other pass.
-        alignment: what left there.
+        alignment: what left in the other one.
+        left: nodes of layers that left there as a whole.
 
     Returns:
         What leaves, with the plan of both passes; ``None`` if units stay that share a group with units that left.
@@ -136,7 +136,7 @@ def align_alike(inference: Inference, other: Inference, alignment: Alignment) ->
     s, states, given = Solution(c, ()), _states(inference), []
     for name, node in states.items():
         known = alignment.states.get(name)
-        if known is None or known in other.left:
+        if known is None or known in left:
             continue
         for own, array in zip(c.labels_of(node), alignment.coupling.labels_of(known), strict=True):
             if own is not None:

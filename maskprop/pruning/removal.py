@@ -44,16 +44,13 @@ class Removal:
 def remove(groups: Groups, chosen: Mapping[str, Tensor]) -> Removal:
     """Masks for chosen units.
 
-    Producing rows are masked with their biases and the affines of their norms, so that true zeros result.
-    Where
-    something in between turns zero into a constant (a sigmoid, a norm without affine), the consumer's
-    columns are
+    Producing rows are masked with their biases and the affines of their norms, so that true zeros result. Where
+    something in between turns zero into a constant (a sigmoid, a norm without affine), the consumer's columns are
     masked too.
 
     Args:
         groups: where the units are from.
-        chosen: bool ``(parts,)`` by group name, True for a part to prune. A part that cannot leave alone,
-        since a
+        chosen: bool ``(parts,)`` by group name, True for a part to prune. A part that cannot leave alone, since a
             shape would not be regular, stays.
     """
     parts = {name: gone.clone() for name, gone in chosen.items() if bool(gone.any())}

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
-from maskprop.align.align import Alignment, align
+from maskprop.align.align import Alignment, align, align_alike
 from maskprop.align.couple import couple
 from maskprop.align.plan import Plan
 from maskprop.align.solve import Ints, Solution, multiples, never_empty, regularity
@@ -24,6 +24,7 @@ from maskprop.infer.op import Op
 from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.dead import find_dead
+from maskprop.rewrite.training import TrainingPass, idle_modules, training_pass
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,24 @@ class Structure:
         for stand in made.values():  # of a layer without a bias, one is made for the constant that is left
             if stand.held is not None and stand.held.bias is None:
                 total += shape(stand.result)[stand.axis]
+        total -= self._leaves_training(left, gone)
         return Cost(total, sum(_flops(node, shape) for node in self._counted if node not in gone))
+
+    def _leaves_training(self, left: Alignment, gone: Mapping[fx.Node, StandIn | None]) -> int:
+        """Parameters that leave modules which only training runs, where they can follow."""
+        alike = None if self._training is None else align_alike(self._training.inference, left, gone.keys())
+        if self._training is None or alike is None:
+            return 0
+        plan = alike.plan.only(lambda name: name not in left.plan.keep)
+        tensors = self._training.inference.graph.state
+        own = [name for name in plan.keep if id(tensors[name]) in self._parameters]
+        return sum(_numel(plan.shapes[name]) - _numel(plan.compact_shape(name)) for name in own)
+
+    @cached_property
+    def _training(self) -> TrainingPass | None:
+        if self.graph.concrete or not any(idle_modules(self.model, self.graph)):
+            return None
+        return training_pass(self.model, self.inference, self.inputs)
 
     @cached_property
     def _counted(self) -> list[fx.Node]:

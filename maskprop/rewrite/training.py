@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -37,6 +37,39 @@ def idle_modules(model: nn.Module, graph: Graph) -> Iterator[str]:
             yield path
 
 
+@dataclass
+class TrainingPass:
+    """A pass that runs modules which evaluation does not.
+
+    Attributes:
+        inference: of it, after its sweeps.
+        modules: paths of those modules.
+    """
+
+    inference: Inference
+    modules: list[str]
+
+
+def training_pass(model: nn.Module, inference: Inference, inputs: Inputs) -> TrainingPass | None:
+    """Trace a dense model with the author's modules in training mode, if that runs what evaluation leaves out.
+
+    Args:
+        model: dense.
+        inference: of its pass in evaluation.
+        inputs: the dummy input.
+    """
+    graph, error, _ = trace_partial(model, inputs, concrete=False, training=True)
+    read = {str(n.target) for n in graph.fx.nodes if n.op == "get_attr"}
+    run = [path for path in idle_modules(model, inference.graph) if any(within(name, [path]) for name in read)]
+    if error is not None or not run:
+        log.info("what only training runs keeps its sizes: %s", error or "it did not run there either")
+        return None
+    masks = {graph.aliases.get(name, name): mask for name, mask in inference.masks.items()}
+    found = Inference(graph, masks, inference.mode, inference.confidence, inference.generator)
+    found.run()
+    return TrainingPass(found, run)
+
+
 def follow_training(
     edits: Edits, inference: Inference, inputs: Inputs, alignment: Alignment, replaced: Sequence[str]
 ) -> tuple[Alignment, list[str]]:
@@ -54,28 +87,21 @@ def follow_training(
     Returns:
         The alignment, its plan with those tensors too, and the paths of the modules that follow.
     """
-    idle = list(idle_modules(edits.model, inference.graph))
-    if not idle or inference.graph.concrete:
+    if inference.graph.concrete or not any(idle_modules(edits.model, inference.graph)):
         return alignment, []
     with edits.suspended():
-        graph, error, _ = trace_partial(edits.model, inputs, concrete=False, training=True)
-        read = {str(n.target) for n in graph.fx.nodes if n.op == "get_attr"}
-        run = [path for path in idle if any(within(name, [path]) for name in read)]
-        if error is not None or not run:
-            log.info("what only training runs keeps its sizes: %s", error or "it did not run there either")
+        training = training_pass(edits.model, inference, inputs)
+        if training is None:
             return alignment, []
-        masks = {graph.aliases.get(name, name): mask for name, mask in inference.masks.items()}
-        training = Inference(graph, masks, inference.mode, inference.confidence, inference.generator)
-        training.run()
-        alike = align_alike(training, inference, alignment)
+        alike = align_alike(training.inference, alignment, inference.left.keys())
     if alike is None:
         log.info("what only training runs keeps its sizes: it ties units that left to others")
         return alignment, []
     mark = edits.mark()
-    apply_plan(edits, alike.plan.only(lambda name: within(name, run)), {})
-    mismatch = Replay(graph, alike, replaced).run(edits.model, inputs)
+    apply_plan(edits, alike.plan.only(lambda name: within(name, training.modules)), {})
+    mismatch = Replay(training.inference.graph, alike, replaced).run(edits.model, inputs)
     if mismatch is not None:
         log.info("what only training runs keeps its sizes: %s", mismatch)
         edits.rollback(mark)
         return alignment, []
-    return replace(alignment, plan=alike.plan), run
+    return replace(alignment, plan=alike.plan), training.modules
