@@ -107,6 +107,26 @@ def test_a_branch_of_zeros_leaves_nothing() -> None:
     assert not list(model.blocks[0].parameters())
 
 
+class Looked(nn.Module):
+    """What is looked up enters by a layer that may be masked whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.enter, self.direct = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.enter(self.table(x[:, 0].round().long().clamp(0, 6))) + self.direct(x)
+
+
+def test_what_only_a_dead_layer_read_shrinks() -> None:
+    model = randomise(Looked().eval(), (torch.randn(3, 4),))
+    masks = whole(model, "enter.weight")
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(3, 4), masks).speedup_model()
+    check_equal(model, reference, (5, 4))
+    assert model.table.weight.shape == (7, 1)
+
+
 def test_attention_and_mlp_branches() -> None:
     model = transformer()
     masks = whole(model, "0.proj.weight", "1.fc2.weight", "1.fc2.bias")

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Axis, Coupling, Labels
+from maskprop.infer.facts import everywhere
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class StandIn:
     def couple(self, c: Coupling) -> Labels:
         """Labels of the result: free along the channels, elsewhere those of the value that it is as large as."""
         shape = shape_of(self.result)
+        given = None if self.like is None else c.labels_of(self.like)[self.axis]
+        if given is not None:
+            c.end(given, everywhere(False, given.ndim), "is read here")
         others: Labels = [None] * len(shape) if self.like is None else c.labels_of(self.like)
         labels = [None if axis == self.axis else c.uniform(a, [self.axis]) for axis, a in enumerate(others)]
         labels[self.axis] = own = c.axes(shape)[self.axis]

@@ -251,3 +251,16 @@ class ListedSetting(Hidden):
 
     def change(self, h: Tensor) -> Tensor:
         return h.reshape(len(h), -1, self.config.widths[-1]).mean(1)
+
+
+@case(vectors(6), {"re.weight": ([0, 2],), "im.weight": ([0, 1],)}, {}, batches=(2, 1, 3))
+class ComplexConstant(nn.Module):
+    """a constant that is a complex number has no carrier"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.re, self.im, self.o = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(5, 3)
+        self.turn = nn.Parameter(torch.randn(4, 5, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((torch.complex(self.re(x), self.im(x)) @ self.turn).abs())

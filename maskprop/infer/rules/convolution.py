@@ -242,8 +242,10 @@ def unit_constants(
 ) -> tuple[Tensor, Tensor]:
     """Each channel's constant, and whether it can be stood for: uniform, or in proportion to one map a group.
 
-    ``besides``: in proportion up to an added number.
+    A complex one cannot be. ``besides``: in proportion up to an added number.
     """
+    if not x.nothing and x.value().is_complex():
+        return torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.bool)
     seen, _ = channel_constant(x)
     uniform = seen.expand(channels) & live
     others = [0, *range(2, x.known.ndim)]
