@@ -409,7 +409,7 @@ def python_sum_width(h: Tensor) -> Tensor:
     return h * sum(h.shape)
 
 
-@between(5, 6)
+@between(5, 8)
 def triangle(h: Tensor) -> Tensor:
     h = h.transpose(1, 2)
     return (h[..., None] * h[..., None, :]).tril().sum(-1).transpose(1, 2)
