@@ -18,6 +18,7 @@ from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
 from maskprop.graph.paths import lineage
 from maskprop.rewrite.apply import CONFIGS
+from maskprop.rewrite.authored import names_read
 from maskprop.rewrite.patched import patched_settings
 from maskprop.rewrite.replay import Mismatch, Replay
 
@@ -71,10 +72,17 @@ class Candidate:
     size: _Size | _Number
 
 
-def candidates_for(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mismatch) -> Iterator[Candidate]:
-    """Attributes of the module at fault and its ancestors that equal a size which changed."""
-    if mismatch.op is None:
-        return
+def candidates_for(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mismatch) -> list[Candidate]:
+    """Attributes of the module at fault and its ancestors that equal a size which changed.
+
+    Those come first that anything but a constructor names: the others are hardly ever read.
+    """
+    found = list(_candidates(model, graph, replay, mismatch)) if mismatch.op is not None else []
+    named = {path: names_read(type(model.get_submodule(path))) for path in {c.path for c in found}}
+    return sorted(found, key=lambda c: not named[c.path].issuperset(c.attribute.split(".")))
+
+
+def _candidates(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mismatch) -> Iterator[Candidate]:
     seen: set[tuple[str, str, float]] = set()
     for path in [*lineage(mismatch.path), *_helpers(model, graph, mismatch.path)]:
         module = model.get_submodule(path)

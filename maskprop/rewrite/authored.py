@@ -158,6 +158,13 @@ def _nested(code: types.CodeType) -> Iterable[types.CodeType]:
             yield from _nested(constant)
 
 
+def names_read(cls: type) -> frozenset[str]:
+    """Names of attributes and globals in the methods of a class, but for its constructors."""
+    methods = (plain_function(f) for kind in cls.__mro__ for name, f in vars(kind).items() if name != "__init__")
+    codes = [method.__code__ for method in methods if method is not None]
+    return frozenset(name for outer in codes for code in (outer, *_nested(outer)) for name in code.co_names)
+
+
 def resolve(cls: type, names: Sequence[str]) -> types.FunctionType:
     """The author's function that a chain of names means.
 

@@ -251,7 +251,7 @@ class Repair:
 
     def _set_attributes(self, alignment: Alignment, replay: Replay, mismatch: Mismatch) -> Mismatch | None:
         """Try attributes that hold an old size; the next mismatch, or the same object if none helps."""
-        candidates = list(candidates_for(self.edits.model, self.graph, replay, mismatch))
+        candidates = candidates_for(self.edits.model, self.graph, replay, mismatch)
         first = list({(c.path, c.attribute): c for c in reversed(candidates)}.values())[::-1]
         own = [c for c in first if c.path == mismatch.path]
         jointly = [several for n in range(2, min(len(own), 4)) for several in itertools.combinations(own, n)]
