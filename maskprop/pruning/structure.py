@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -21,7 +21,6 @@ from maskprop.graph.graph import Graph, TensorMeta, is_op, shape_of
 from maskprop.graph.trace import Inputs, Tracer, trace
 from maskprop.infer.coupling import Coupling, owned_axes
 from maskprop.infer.op import Op
-from maskprop.infer.standin import StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.rewrite.dead import find_dead
 from maskprop.rewrite.training import TrainingPass, idle_modules, training_pass
@@ -111,24 +110,21 @@ class Structure:
 
     def cost(self, s: Solution) -> Cost:
         """Parameters and FLOPs of the model that is left, by the formulas of ``torch.utils.flop_counter``."""
-        return self._cost(Alignment(self.coupling, s, Plan(), self.states), {})
+        return self._cost(Alignment(self.coupling, s, Plan(), self.states), ())
 
-    def _cost(self, left: Alignment, gone: Mapping[fx.Node, StandIn | None]) -> Cost:
+    def _cost(self, left: Alignment, gone: Collection[fx.Node]) -> Cost:
         shape = cache(left.expected_shape)
         total = self._total
         for name, node in self.states.items():
             if id(self.graph.state[name]) in self._parameters:
                 total -= _numel(shape_of(node)) - (0 if node in gone else _numel(shape(node)))
-        made = {stand.held.name: stand for stand in gone.values() if stand is not None and stand.held is not None}
-        for stand in made.values():  # of a layer without a bias, one is made for the constant that is left
-            if stand.held is not None and stand.held.bias is None:
-                total += shape(stand.result)[stand.axis]
+        total += sum(bias.numel() for bias in left.plan.new_bias.values())
         total -= self._leaves_training(left, gone)
         return Cost(total, sum(_flops(node, shape) for node in self._counted if node not in gone))
 
-    def _leaves_training(self, left: Alignment, gone: Mapping[fx.Node, StandIn | None]) -> int:
+    def _leaves_training(self, left: Alignment, gone: Collection[fx.Node]) -> int:
         """Parameters that leave modules which only training runs, where they can follow."""
-        alike = None if self._training is None else align_alike(self._training.inference, left, gone.keys())
+        alike = None if self._training is None else align_alike(self._training.inference, left, gone)
         if self._training is None or alike is None:
             return 0
         plan = alike.plan.only(lambda name: name not in left.plan.keep)
