@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -301,3 +302,27 @@ def test_a_traced_forward_refuses_calls_that_take_another_branch() -> None:
     assert relative_error(model(x), reference(x)) < 1e-5
     with pytest.raises(AssertionError, match="speed the model up with inputs such as these"):
         model(torch.randn(3, 7, WIDTH))
+
+
+class NumpyScale(nn.Module):
+    """One attribute cuts queries, keys and values; numpy computes the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = WIDTH // HEADS
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, HEADS, self.dim).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)) / np.sqrt(self.dim), self.heads(self.v(x))
+        return self.out(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_forward_that_is_written_anew_needs_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskprop.rewrite.repair.patch_forwards", lambda *_: [])
+    model, reference = made(NumpyScale, value_dims())
+    assert model.v.out_features == 9
+    x = torch.randn(3, 7, WIDTH)
+    assert relative_error(model(x), reference(x)) < 1e-5

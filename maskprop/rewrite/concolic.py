@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -117,6 +118,10 @@ class _Tracer(fx.Tracer):
             else:
                 given[name] = value if is_plain(value) else self.create_proxy("placeholder", name, (), {})
         return functools.partial(author_forward(self._module), **given), [self.root]
+
+    def create_arg(self, a: Any) -> Any:
+        # numpy's numbers are written as code that names numpy
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
