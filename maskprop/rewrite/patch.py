@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import logging
 import math
 import types
@@ -193,8 +194,11 @@ class _Patcher:
             before = function if self._is_function(place, expression) else method
             if before is None or any(k.arg in ("size", "shape", "sizes") for k in expression.keywords):
                 raise NoSource(f"sizes of {name} cannot be changed")
-            stated = _sizes_in(expression, before)
-            sizes = frames[0].evaluate(stated) if mismatch.got is None else _sizes_of(mismatch.got)
+            if mismatch.got is not None:
+                sizes = _sizes_of(mismatch.got)
+            else:
+                sizes = frames[0].evaluate(_sizes_in(expression, before))
+                shapes = self.replay.shapes[self._raised(want, sizes)]
             return Patch(place, "sizes", before, self._ratios(name, sizes, shapes[0] or ()))
         if name in ("split", "split_with_sizes", "tensor_split", "chunk") and isinstance(expression, ast.Call):
             return self._split(place, expression, want, shapes)
@@ -209,6 +213,13 @@ class _Patcher:
         if isinstance(mismatch.wanted, (int, float)) and isinstance(expression, ast.Call):
             return Patch(place, "argument", _argument(expression, frames[0], mismatch.actual), mismatch.wanted)
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
+
+    def _raised(self, want: fx.Node, sizes: Sequence[int]) -> fx.Node:
+        """The dense op of a call that raised: the one that was compared next, or a reshape before it that did nothing."""
+        at, compared = self.dense.index(want), set(self.replay.dense(strict=True))
+        idle = itertools.takewhile(lambda op: op not in compared, reversed(self.dense[:at]))
+        alike = (op for op in (want, *idle) if _is_shape(sizes, op.meta["tensor"]))
+        return next(alike, want)
 
     def _cut(self, want: fx.Node, cut: tuple[int, int, int, tuple[int, ...]], frames: Frames) -> Patch:
         """Take the units of an operand that stay: in the expression of the op, or in the call that hands it on."""
@@ -304,6 +315,12 @@ def _sizes_of(op: fx.Node) -> list[int]:
     if not found:
         raise NoSource(f"{op.target} has no sizes")
     return [int(str(n)) for n in found[0]]
+
+
+def _is_shape(sizes: Sequence[int], meta: Any) -> bool:
+    """Whether sizes, of which -1 is any, are those of a recorded value."""
+    shape = getattr(meta, "shape", ())
+    return len(shape) == len(sizes) and all(size in (n, -1) for size, n in zip(sizes, shape, strict=True))
 
 
 def _call_arguments(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -508,3 +508,37 @@ class EinsumOfOneHead(nn.Module):
         weights = torch.einsum("bghid, bghjd -> bghij", q, k).softmax(-1)
         out = torch.einsum("bghij, bghjd -> bghid", weights, v)
         return self.merge(out.permute(0, 1, 3, 2, 4).reshape(b, g, t, width))
+
+
+# The first of four value dims of each head, in what reads it.
+VALUE_DIMS = {"o.weight": (ALL, [0, 4, 8])}
+VALUE_DIMS_GONE = {"v.weight": (9, 12), "v.bias": (9,), "o.weight": (12, 9)}
+
+
+@case(vectors(5, 12), VALUE_DIMS, VALUE_DIMS_GONE)
+class ViewOfTheSameSizes(Projections):
+    """Sizes that a value has already, written out: only where they no longer fit do they do anything."""
+
+    dim = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        q, k, v = (layer(x).view(n, t, 3, self.dim).permute(0, 2, 1, 3) for layer in (self.q, self.k, self.v))
+        scores = torch.masked_fill(torch.matmul(q, k.transpose(-1, -2)), torch.tensor(False), 0.0)
+        h = torch.matmul(torch.softmax(scores, -1), v)
+        h = h.view(n, 3, t, self.dim).permute(0, 2, 1, 3)
+        return self.o(h.reshape(n, t, -1))
+
+
+@case(vectors(5, 12), VALUE_DIMS, VALUE_DIMS_GONE)
+class StateOfZeros(Projections):
+    """Linear attention: a state of keys times values starts as zeros of a type and on a device."""
+
+    dim = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        q, k, v = (layer(x).view(n, t, 3, self.dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        state = torch.zeros(n, 3, self.dim, self.dim, device=x.device, dtype=x.dtype)
+        state = state + k.transpose(2, 3) @ v
+        return self.o((q @ state).transpose(1, 2).flatten(2))
