@@ -215,11 +215,13 @@ class _Patcher:
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
 
     def _raised(self, want: fx.Node, sizes: Sequence[int]) -> fx.Node:
-        """The dense op of a call that raised: the one that was compared next, or a reshape before it that did nothing."""
+        """The dense op of a call that raised: the one that was compared next, or a reshape before it that did nothing.
+
+        Sizes that do not change tell which: those are given already.
+        """
         at, compared = self.dense.index(want), set(self.replay.dense(strict=True))
         idle = itertools.takewhile(lambda op: op not in compared, reversed(self.dense[:at]))
-        alike = (op for op in (want, *idle) if _is_shape(sizes, op.meta["tensor"]))
-        return next(alike, want)
+        return next((op for op in (want, *idle) if _agree(sizes, *self.replay.around(op)[0])), want)
 
     def _cut(self, want: fx.Node, cut: tuple[int, int, int, tuple[int, ...]], frames: Frames) -> Patch:
         """Take the units of an operand that stay: in the expression of the op, or in the call that hands it on."""
@@ -317,10 +319,10 @@ def _sizes_of(op: fx.Node) -> list[int]:
     return [int(str(n)) for n in found[0]]
 
 
-def _is_shape(sizes: Sequence[int], meta: Any) -> bool:
-    """Whether sizes, of which -1 is any, are those of a recorded value."""
-    shape = getattr(meta, "shape", ())
-    return len(shape) == len(sizes) and all(size in (n, -1) for size, n in zip(sizes, shape, strict=True))
+def _agree(sizes: Sequence[int], dense: Sequence[int] | None, planned: Sequence[int] | None) -> bool:
+    """Whether sizes, of which -1 is any, are those of a shape wherever it stays as it is."""
+    shapes = list(zip(sizes, dense or (), planned or (), strict=False))
+    return len(sizes) == len(shapes) == len(dense or ()) and all(n in (m, -1) for n, m, p in shapes if m == p)
 
 
 def _call_arguments(module: nn.Module, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
