@@ -305,3 +305,22 @@ class EmptyMemory(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         memory = x.new_zeros((len(x), 0, self.width)).unsqueeze(1)
         return self.b(torch.cat([memory, F.relu(self.a(x)).unsqueeze(1)], 2).squeeze(1))
+
+
+@case(
+    vectors(5, 12),
+    {"a.weight": ([0, 1, 4],), "a.bias": ([0, 1, 4],)},
+    {"a.weight": (5, 12), "a.bias": (5,), "b.weight": (4, 5)},
+)
+class NothingIsPassedOn(nn.Module):
+    """A part of the units is turned and the rest passed on, as rotary embeddings do; here the part is all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = 8
+        self.a = nn.Linear(12, 8)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.cat([F.relu(h[..., : self.turned]), h[..., self.turned :]], -1))

@@ -24,7 +24,8 @@ class Cat(Rule):
     """Join along an axis: an old one for cat, a new one of size 1 for stack.
 
     What holds nothing yet (a cache, windows of an input that fills none) may hold something in another call: what is
-    zero of the result is zero there too, and what is needed of the result is needed there.
+    zero of the result is zero there too, and what is needed of the result is needed there. Not so where that differs
+    along the axis: then it is about the units of the others.
     """
 
     def _dim(self, op: Op) -> int:
@@ -49,9 +50,11 @@ class Cat(Rule):
         if all(f.nothing for f in facts):
             return Fact.unknown(len(op.shape))
         known, zero = (self._join(op, list(parts)) for parts in zip(*((f.known, f.zero) for f in facts), strict=True))
-        for f, n in zip(facts, self._sizes(op), strict=True):
-            if n == 0 and f.zero.ndim == len(op.shape):
-                known = zero = zero & f.zero.all(self._dim(op), keepdim=True)
+        sizes, dim = self._sizes(op), self._dim(op)
+        differs = any(n and f.known.shape[dim] > 1 for f, n in zip(facts, sizes, strict=True))
+        for f, n in zip(facts, sizes, strict=True):
+            if n == 0 and not differs and f.zero.ndim == len(op.shape):
+                known = zero = zero & f.zero.all(dim, keepdim=True)
         return Fact(known, zero, lambda: self._join(op, [f.value() for f in facts]))
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
@@ -61,7 +64,7 @@ class Cat(Rule):
             part = n if n.shape[dim] == 1 else n.narrow(dim, start, size)
             start += size
             if size == 0:
-                part = n.any(dim, keepdim=True) if len(shape) == n.ndim else everywhere(False, len(shape))
+                part = n if len(shape) == n.ndim and n.shape[dim] == 1 else everywhere(False, len(shape))
             found.append(part.squeeze(dim) if op.target is aten.stack.default else part)
         return found
 
