@@ -50,10 +50,9 @@ class Cat(Rule):
         if all(f.nothing for f in facts):
             return Fact.unknown(len(op.shape))
         known, zero = (self._join(op, list(parts)) for parts in zip(*((f.known, f.zero) for f in facts), strict=True))
-        sizes, dim = self._sizes(op), self._dim(op)
-        differs = any(n and f.known.shape[dim] > 1 for f, n in zip(facts, sizes, strict=True))
-        for f, n in zip(facts, sizes, strict=True):
-            if n == 0 and not differs and f.zero.ndim == len(op.shape):
+        dim, empty = self._dim(op), [n == 0 for n in self._sizes(op)]
+        if any(empty) and not any(f.known.shape[dim] > 1 for f, e in zip(facts, empty, strict=True) if not e):
+            for f in (f for f, e in zip(facts, empty, strict=True) if e and f.zero.ndim == len(op.shape)):
                 known = zero = zero & f.zero.all(dim, keepdim=True)
         return Fact(known, zero, lambda: self._join(op, [f.value() for f in facts]))
 
