@@ -127,6 +127,28 @@ def test_what_only_a_dead_layer_read_shrinks() -> None:
     assert model.table.weight.shape == (7, 1)
 
 
+class ChannelGate(nn.Module):
+    """A convolution along the channels, which are then its space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.b = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        gate = self.gate(y.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
+        return self.b(y * gate[:, :, None, None])
+
+
+def test_a_constant_is_as_large_as_what_it_is_given() -> None:
+    model = randomise(ChannelGate().eval(), (torch.randn(2, 3, 8, 8),))
+    masks = whole(model, "gate.weight") | {"a.weight": (torch.arange(8) % 2).float().reshape(8, 1, 1, 1)}
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.randn(2, 3, 8, 8), masks).speedup_model()
+    check_equal(model, reference, *IMAGES)
+    assert model.a.weight.shape == (4, 3, 3, 3)
+
+
 def test_attention_and_mlp_branches() -> None:
     model = transformer()
     masks = whole(model, "0.proj.weight", "1.fc2.weight", "1.fc2.bias")

@@ -258,7 +258,7 @@ class DeadLayer:
         found: dict[fx.Node, StandIn | None] = {n: None for n in self.nodes if n is not bias}
         for result, source in zip(self.results, self.sources, strict=True):
             axis = len(shape_of(result)) + self.axis
-            found[result] = StandIn(result, axis, source if self.window is None else None, held)
+            found[result] = StandIn(result, axis, source if _keeps_sizes(self.window) else None, held)
         return found
 
     def replace(self, edits: Edits, size: int, held: bool) -> None:
@@ -276,6 +276,14 @@ class DeadLayer:
         edits.set_class(module, Constant)
         for name, what in (("axis", self.axis), ("size", size), ("window", self.window)):
             edits.set_attribute(module, name, what)
+
+
+def _keeps_sizes(window: Window | None) -> bool:
+    """Whether what a constant puts out is as large as what it is given, whatever its size."""
+    return window is None or all(
+        stride == 1 and 2 * padding == dilation * (kernel - 1)
+        for kernel, stride, padding, dilation in zip(*window, strict=True)
+    )
 
 
 def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
