@@ -18,30 +18,22 @@ from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.op import Op
 from maskprop.rewrite.arguments import number_arguments, settings_of, size_positions
 from maskprop.rewrite.follow import follows
+from maskprop.rewrite.recorded import (
+    BOUNDED,
+    LAYOUT,
+    adds_bias,
+    in_shape,
+    is_idle,
+    made_by,
+    order_of,
+    same_target,
+    shapes_of,
+    shapes_of_meta,
+    start_of,
+    without_ones,
+)
 
 aten = torch.ops.aten
-
-# Ops that only lay memory out: whether they appear depends on sizes and strides.
-_LAYOUT = {
-    aten.empty.memory_format,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.lift_fresh.default,
-    aten.contiguous.default,
-    aten.dropout.default,
-}
-_RESHAPES = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten._to_copy.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
-}  # fmt: skip
-_BOUNDED = (aten.slice.Tensor, aten.select.int)  # what begins somewhere along an axis
-_SAME = {
-    aten._unsafe_view.default: aten.view.default,
-    aten.reshape.default: aten.view.default,
-    aten.mm.default: aten.addmm.default,
-    aten.split_with_sizes.default: aten.split.Tensor,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Replay:
         self._position: dict[fx.Node, int] = {}
         self._place = {n: i for i, n in enumerate(self.ops)}
         self._dense: dict[bool, list[fx.Node]] = {}
-        self._starts = {n: self._expected_start(n) for n in self.ops if n.target in _BOUNDED}
+        self._starts = {n: self._expected_start(n) for n in self.ops if n.target in BOUNDED}
         for node in self.ops:
             mates = self._by_path.setdefault(str(node.meta["path"]), [])
             self._position[node] = len(mates)
@@ -100,10 +92,10 @@ class Replay:
 
     def around(self, node: fx.Node) -> list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
         """Dense and compact shapes of an op's results and inputs."""
-        pairs = list(zip(_shapes(node), self.shapes[node], strict=True))
+        pairs = list(zip(shapes_of(node), self.shapes[node], strict=True))
         for source in node.all_input_nodes:
             if is_op(source) and source in self.shapes:
-                pairs += zip(_shapes(source), self.shapes[source], strict=True)
+                pairs += zip(shapes_of(source), self.shapes[source], strict=True)
             elif not isinstance(source.meta["tensor"], tuple):
                 pairs.append((source.meta["tensor"].shape, self.alignment.expected_shape(source)))
         return pairs
@@ -121,7 +113,7 @@ class Replay:
         """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
         if strict not in self._dense:
             kept = [n for n in self.ops if not self._skipped(n)]
-            self._dense[strict] = [n for n in kept if not _idle(n, self.shapes[n], self._input_shape(n), strict)]
+            self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self._input_shape(n), strict)]
         if among is None:
             return self._dense[strict]
         chosen = set(among)
@@ -134,14 +126,14 @@ class Replay:
         count is one (``repeat_kv`` with a single query head a group).
         """
         kept = [n for n in actual if not self._skipped(n)]
-        return [n for n in kept if not _idle(n, _shapes(n), _in_shape(n), strict)]
+        return [n for n in kept if not is_idle(n, shapes_of(n), in_shape(n), strict)]
 
     def _skipped(self, node: fx.Node) -> bool:
-        if node.target in _LAYOUT or "inserted" in node.meta:
+        if node.target in LAYOUT or "inserted" in node.meta:
             return True
         if node.target is aten.t.default and node.all_input_nodes[0].op == "get_attr":
             return True  # a linear's own weight: with a new bias it is turned later
-        if node.target is aten.add.Tensor and _adds_bias(node):
+        if node.target is aten.add.Tensor and adds_bias(node):
             return True  # a linear of what is not contiguous adds its bias apart
         return self.inside_replaced(str(node.meta["path"]))
 
@@ -171,12 +163,12 @@ class Replay:
 
     def agrees(self, want: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> bool:
         """Whether a compact call, with dense nodes for tensors, is the dense one but for the sizes that it is given."""
-        wanted, actual = self.shapes[want], _shapes_of(meta)
-        if not _same_target(want.target, target) or want in self.alignment.numbers:
+        wanted, actual = self.shapes[want], shapes_of_meta(meta)
+        if not same_target(want.target, target) or want in self.alignment.numbers:
             return False
         if len(wanted) != len(actual) or any(w is not None and w != a for w, a in zip(wanted, actual, strict=True)):
             return False
-        if want in self._starts and self._starts[want] != _start(want, _in_shape(want)):
+        if want in self._starts and self._starts[want] != start_of(want, in_shape(want)):
             return False
         if args == want.args and kwargs == want.kwargs:
             return True
@@ -265,22 +257,22 @@ class Replay:
 
         Not ``strict``: axes of size 1 may stand anywhere, as ``einsum`` moves them.
         """
-        if not _same_target(want.target, got.target):
+        if not same_target(want.target, got.target):
             return want.target, got.target
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
             left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not _equal(left, right):
                 return left, right
-        wanted, actual = self.shapes[want], _shapes(got)
+        wanted, actual = self.shapes[want], shapes_of(got)
         if len(wanted) == len(actual):  # results that nothing reads do not matter
             actual = tuple(None if w is None else a for w, a in zip(wanted, actual, strict=True))
-        if wanted != actual and (strict or _without_ones(wanted) != _without_ones(actual)):
+        if wanted != actual and (strict or without_ones(wanted) != without_ones(actual)):
             return wanted, actual
         found = self._repeated(want, got) or self._other_units(want, got)
         if found is not None:
             return found
-        if want in self._starts and self._starts[want] != _start(got, _in_shape(got)):
-            return f"the units from {self._starts[want]}", f"those from {_start(got, _in_shape(got))}"
+        if want in self._starts and self._starts[want] != start_of(got, in_shape(got)):
+            return f"the units from {self._starts[want]}", f"those from {start_of(got, in_shape(got))}"
         for (x, _), (y, _) in zip(self._numbers(want), self._numbers(got), strict=False):
             if abs(x - y) > 1e-6 * max(abs(x), abs(y)):  # kernels round numbers to the tensor's type
                 return x, y
@@ -297,9 +289,9 @@ class Replay:
         """
         if torch.Tag.pointwise not in want.target.tags or len(want.all_input_nodes) != len(got.all_input_nodes):  # type: ignore[union-attr]
             return None
-        out = _shapes(got)[0] or ()
+        out = shapes_of(got)[0] or ()
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=True):
-            dense, shape = _shapes(a)[0] or (), _shapes(b)[0] or ()
+            dense, shape = shapes_of(a)[0] or (), shapes_of(b)[0] or ()
             if len(dense) == len(shape) and any(
                 m == 1 < min(n, k) for m, n, k in zip(shape, dense, out[len(out) - len(shape) :], strict=True)
             ):
@@ -324,12 +316,12 @@ class Replay:
         """Whether two permutations bring the axes that are not of size 1 in the same order."""
         if want.target is not aten.permute.default:
             return False
-        return _order(want, self._input_shape(want) or ()) == _order(got, _in_shape(got) or ())
+        return order_of(want, self._input_shape(want) or ()) == order_of(got, in_shape(got) or ())
 
     def _expected_start(self, node: fx.Node) -> int | None:
         """Where a part starts: units before it may have left, which its size does not show."""
-        (source,), shape = node.all_input_nodes, _in_shape(node)
-        start = _start(node, shape)
+        (source,), shape = node.all_input_nodes, in_shape(node)
+        start = start_of(node, shape)
         return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -365,36 +357,23 @@ class Replay:
         """The op by which a constant of ``forward`` that an op reads came to be."""
         for source in node.all_input_nodes:
             if isinstance(constant, Tensor) and self._constant(source) is constant:
-                return _made(source)
+                return made_by(source)
         return None
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         """What stays of a constant of ``forward``, read through ops that do not change its values."""
-        node = _made(node)
+        node = made_by(node)
         found = self._constants.get(node) if "lifted" in node.meta else None
         if found is None or found.is_meta:  # on the meta device shapes have to do
             return None
         return self.alignment.kept_part(node, found)
 
 
-def _made(node: fx.Node) -> fx.Node:
-    """Where a value comes from, before ops that move it only."""
-    while (node.target in _LAYOUT or node.target in _RESHAPES) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _adds_bias(node: fx.Node) -> bool:
-    """Whether a sum adds one of the model's vectors to a product of matrices."""
-    vectors = [n for n in node.all_input_nodes if n.op == "get_attr" and len(n.meta["tensor"].shape) == 1]
-    return bool(vectors) and any(_made(n).target is aten.mm.default for n in node.all_input_nodes)
-
-
 def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:
     """What two matching calls read, where that does not match: by its size ``forward`` may choose what it reads."""
     if len(want.all_input_nodes) != len(got.all_input_nodes):
         return None
-    for a, b in zip(map(_made, want.all_input_nodes), map(_made, got.all_input_nodes), strict=True):
+    for a, b in zip(map(made_by, want.all_input_nodes), map(made_by, got.all_input_nodes), strict=True):
         states = a.op == b.op == "get_attr" and not {"lifted", "inserted"} & (a.meta.keys() | b.meta.keys())
         mate = mates.get(a)
         if (states and a.target != b.target) or (mate not in (None, b) and b in mates.values()):
@@ -402,54 +381,5 @@ def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) 
     return None
 
 
-def _same_target(want: Any, got: Any) -> bool:
-    return _SAME.get(want, want) is _SAME.get(got, got)
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _idle(node: fx.Node, shapes: tuple[Any, ...], source: tuple[int, ...] | None, strict: bool) -> bool:
-    """A reshape or expand to the shape that its input has (not ``strict``: up to axes of size 1)."""
-    if node.target not in _RESHAPES or len(shapes) != 1 or source is None:
-        return False
-    if strict:
-        return bool(shapes[0] == source)
-    return [n for n in shapes[0] or () if n != 1] == [n for n in source if n != 1]
-
-
-def _shapes(node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
-    return _shapes_of(node.meta["tensor"])
-
-
-def _shapes_of(meta: Any) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(None if m is None else m.shape for m in (meta if isinstance(meta, tuple) else (meta,)))
-
-
-def _without_ones(shapes: tuple[tuple[int, ...] | None, ...]) -> list[list[int] | None]:
-    return [None if shape is None else [n for n in shape if n != 1] for shape in shapes]
-
-
-def _order(permute: fx.Node, shape: tuple[int, ...]) -> list[int]:
-    """Where the axes that are not of size 1 stood among their like, in the order of the result."""
-    axes = [axis for axis, size in enumerate(shape) if size != 1]
-    dims = [dim % len(shape) for dim in Op(permute).arg("dims")]
-    return [axes.index(dim) for dim in dims if dim in axes]
-
-
-def _start(node: fx.Node, shape: tuple[int, ...] | None) -> int | None:
-    """Where a part of a value of that shape starts."""
-    if shape is None or node.target not in _BOUNDED:
-        return None
-    op = Op(node)
-    if node.target is aten.select.int:
-        index: int = op.arg("index") % shape[op.arg("dim")]
-        return index
-    return slice(op.arg("start"), op.arg("end")).indices(shape[op.arg("dim")])[0]
-
-
-def _in_shape(node: fx.Node) -> tuple[int, ...] | None:
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    meta = None if source is None else source.meta["tensor"]
-    return meta.shape if isinstance(meta, TensorMeta) else None
