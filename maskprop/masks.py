@@ -321,7 +321,7 @@ class _Names:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
-        self.first = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.first = {id(parameter): name for name, parameter in reversed(self.parameters.items())}
 
     def is_activation(self, module: str, target: str) -> bool:
         named = _ACTIVATION.fullmatch(target) and _join(module, target) not in self.parameters

@@ -290,8 +290,7 @@ class ModelSpeedup:
 
     def _verification(self) -> Verification | None:
         """What the result is held against; ``None`` where that was not asked for or nothing can be computed."""
-        unreadable = self.read is None and any(p.is_meta for p in self.model.parameters())
-        if unreadable or not self.verify:
+        if not self.verify or (self.read is None and any(p.is_meta for p in self.model.parameters())):
             return None
         retrace = None if self.masks.activations else self._trace
         with self._stage("verify"):

@@ -81,6 +81,11 @@ class Recorder(TorchDispatchMode):
 
     # -- what the tracer calls ------------------------------------------------------------------
 
+    @property
+    def on_meta(self) -> bool:
+        """Whether a parameter is on the meta device."""
+        return any(t.is_meta for _, t in self._names.values() if isinstance(t, nn.Parameter))
+
     @contextmanager
     def module_paths(self) -> Iterator[None]:
         """Follow which module is running, through a wrapper of every module's call."""

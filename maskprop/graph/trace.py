@@ -161,7 +161,7 @@ def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
         stack.enter_context(not_compiled())
-        if any(p.is_meta for p in model.parameters()):
+        if recorder.on_meta:
             inputs = map_tensors(inputs, lambda t: t.to("meta"))
         elif not recorder.graph.concrete:
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -261,8 +261,10 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
     """
     before: list[tuple[Any, Any]] = []
     empty: list[Any] = []  # most of a module's tables are
+    buffers: dict[int, Tensor] = {}
     for module in model.modules():
         attributes = module.__dict__
+        buffers.update((id(b), b) for b in module._buffers.values() if b is not None and not b.is_meta)
         before.append((attributes, attributes.copy()))
         for table in attributes.values():
             if type(table) in (dict, set):
@@ -272,7 +274,7 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
                     empty.append(table)
         if module.training:
             module.__dict__["training"] = False
-    written = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    written = [(b, b._version, b.detach().clone()) for b in buffers.values()]
     try:
         with caches_emptied(model), generators_kept():
             yield

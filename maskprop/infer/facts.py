@@ -124,9 +124,10 @@ def lead(t: Tensor, ndim: int) -> Tensor:
 def squash(t: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     """Drop those of the axes (of all, by default) along which a tensor does not vary."""
     for axis in reversed(range(t.ndim) if axes is None else axes):
-        first = t.narrow(axis, 0, 1) if t.shape[axis] else t
-        if t.shape[axis] > 1 and torch.equal(t, first.expand_as(t)):
-            t = first
+        if t.shape[axis] > 1:
+            first = t.narrow(axis, 0, 1)
+            if torch.equal(t, first.expand_as(t)):
+                t = first
     return t
 
 

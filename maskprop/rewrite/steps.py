@@ -269,7 +269,10 @@ def obstacles(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def count_bytes(model: nn.Module) -> int:
     """Bytes of parameters and persistent buffers, shared ones once."""
-    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        held = [(k, t) for k, t in module._buffers.items() if k not in module._non_persistent_buffers_set]
+        tensors.update((id(t), t) for _, t in [*module._parameters.items(), *held] if t is not None)
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
