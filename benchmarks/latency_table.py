@@ -97,7 +97,7 @@ def _summary(rows: list[Row]) -> Iterator[str]:
         yield (
             f"* In {sum(pairs.values())} of {len(pairs)} pairs the compact model makes call for call the ATen calls "
             "of the thin one: the same ops on tensors of the same shapes, strides, dtypes and alignment. What a clock "
-            "shows between such models is the noise of the measurement."
+            "shows between such models is no difference in the work; the spread stands beside each."
         )
     for multiple in sorted({row["multiple"] for row in rows if row["kind"] == "compact"}):
         gains, part = [], []
