@@ -124,11 +124,14 @@ def lead(t: Tensor, ndim: int) -> Tensor:
 def squash(t: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     """Drop those of the axes (of all, by default) along which a tensor does not vary."""
     for axis in reversed(range(t.ndim) if axes is None else axes):
-        if t.shape[axis] > 1:
-            first = t.narrow(axis, 0, 1)
-            if torch.equal(t, first.expand_as(t)):
-                t = first
+        if t.shape[axis] > 1 and not differs_along(t, axis):
+            t = t.narrow(axis, 0, 1)
     return t
+
+
+def differs_along(t: Tensor, axis: int) -> bool:
+    """Whether a tensor varies along an axis."""
+    return t.shape[axis] > 1 and not torch.equal(t, t.narrow(axis, 0, 1).expand_as(t))
 
 
 def any_over(t: Tensor, dims: Sequence[int]) -> Tensor:

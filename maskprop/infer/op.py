@@ -15,7 +15,7 @@ from maskprop.graph.graph import TensorMeta, shape_of
 
 
 @functools.cache
-def _signature(target: OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
+def signature(target: OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Names of an overload's arguments in order, and the defaults of those that have one."""
     arguments = target._schema.arguments
     return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments if a.has_default_value()}
@@ -62,7 +62,7 @@ class Op:
 
     @cached_property
     def _named(self) -> dict[str, Any]:
-        names, defaults = _signature(self.target)
+        names, defaults = signature(self.target)
         return {**defaults, **dict(zip(names, self.node.args, strict=False)), **self.node.kwargs}
 
     def arg(self, name: str, default: Any = None) -> Any:
@@ -72,7 +72,7 @@ class Op:
     @cached_property
     def _positions(self) -> dict[str, int]:
         before, found = 0, {}
-        for argument in _signature(self.target)[0]:
+        for argument in signature(self.target)[0]:
             value = self._named.get(argument)
             if isinstance(value, fx.Node):
                 found[argument] = before

@@ -64,6 +64,8 @@ class Structure:
             for axis, labels in enumerate(self.coupling.labels_of(node))
             if labels is not None
         ]
+        axes = owned_axes(self.coupling.labels_of(node) for node in self.states.values())
+        self._axes = [*axes, *self.coupling.nonempty]
         self.base = Solution(self.coupling, [labels for *_, labels in self.owned], alike=True)
         self.units = self._units()
         self.leaks: set[tuple[str, int]] = set()  # axes of consumers, found when masks are made
@@ -89,11 +91,10 @@ class Structure:
         s.may = self.base.may.copy()
         s.may[self.units] = False
         s.may[units] = self.base.may[units]
-        axes = owned_axes(self.coupling.labels_of(node) for node in self.states.values())
         s.solve(
             {
                 "regular": regularity(self.coupling.regulars),
-                "not empty": never_empty([*axes, *self.coupling.nonempty]),
+                "not empty": never_empty(self._axes),
                 "multiple": multiples(self.coupling.multiples),
             }
         )

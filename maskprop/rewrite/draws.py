@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskprop.graph.graph import Graph
+from maskprop.infer.op import signature
 
 Arguments = dict[str, Any]
 
@@ -49,8 +50,7 @@ class StillDraws(TorchDispatchMode):
         if _is_random(func) and isinstance(result, Tensor):
             typical = _TYPICAL.get(func._schema.name.removeprefix("aten::").removesuffix("_functional").rstrip("_"))
             if typical is not None:
-                names = [a.name for a in func._schema.arguments]
-                defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+                names, defaults = signature(func)
                 value = typical({**defaults, **dict(zip(names, args, strict=False)), **(kwargs or {})})
                 result.copy_(value) if isinstance(value, Tensor) else result.fill_(value)
         return result

@@ -11,9 +11,10 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from maskprop.graph.graph import TensorMeta, shape_of
+from maskprop.infer.facts import differs_along
 from maskprop.infer.op import Op
 from maskprop.infer.rules.convolution import Convolution
 from maskprop.infer.rules.joining import Cat
@@ -110,10 +111,6 @@ def _moved(steps: Sequence[Step], src: Sequence[int], own: Own, ndim: int) -> Se
             for step in steps:
                 ramp = step.move(ramp)
             for d in range(ndim):
-                if _differs(ramp, d):
+                if differs_along(ramp, d):
                     come[d].append(own[axis])
     return [bool(parts) and all(parts) for parts in come]
-
-
-def _differs(t: Tensor, axis: int) -> bool:
-    return t.shape[axis] > 1 and not torch.equal(t, t.narrow(axis, 0, 1).expand_as(t))
