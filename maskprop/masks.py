@@ -33,6 +33,7 @@ from maskprop.errors import (
     NoMasksError,
     UnknownMaskError,
 )
+from maskprop.modules import modules_by_path, named_tensors
 
 MaskDict: TypeAlias = Mapping[str, "Tensor | Mapping[str, Tensor | None] | None"]
 MasksLike: TypeAlias = "str | os.PathLike[str] | MaskDict | None"
@@ -318,9 +319,10 @@ class _Names:
     """What can be masked in a model, by name, and what to say about a name that cannot."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.modules = modules_by_path(model, aliases=True)
+        tensors = dict(named_tensors(self.modules))
+        self.parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+        self.buffers = tensors.keys() - self.parameters.keys()
         self.first = {id(parameter): name for name, parameter in reversed(self.parameters.items())}
 
     def is_activation(self, module: str, target: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import nn
 
 from maskprop.align.plan import Plan
 from maskprop.explain import Explainer
+from maskprop.modules import modules_by_path
 from maskprop.reasons import Kept
 from maskprop.rewrite.repair import Repair
-from maskprop.rewrite.steps import ModuleChange, Snapshot, count_bytes
+from maskprop.rewrite.steps import ModuleChange, Snapshot, count
 from maskprop.rewrite.training import idle_modules
 from maskprop.rewrite.verify import Check
 from maskprop.view.costs import count_flops, dense_shape
@@ -127,9 +129,10 @@ class Report:
         inference, alignment = explainer.inference, explainer.alignment
         self.explainer, self.repair, self.plan = explainer, repair, alignment.plan
         self.model = type(model).__name__
-        self.parameters = before.parameters, sum(p.numel() for p in model.parameters())
-        self.bytes = before.bytes, count_bytes(model)
-        self.layers = list(_layers(before, model))
+        modules = modules_by_path(model)
+        parameters, size = count(modules)
+        self.parameters, self.bytes = (before.parameters, parameters), (before.bytes, size)
+        self.layers = list(_layers(before, modules))
         self.changes = [
             Change(path, name, old, new)
             for path, change in changes.items()
@@ -344,29 +347,23 @@ class Report:
         return fragment(self)
 
 
-def _layers(before: Snapshot, model: nn.Module) -> Any:
-    now = dict(model.named_parameters())
-    for path, module in model.named_modules():
-        own = [f"{path}.{key}" if path else key for key, p in module._parameters.items() if p is not None]
-        names = [n for n in own if n in now]
-        if not names:
+def _layers(before: Snapshot, modules: Mapping[str, nn.Module]) -> Iterator[Layer]:
+    seen: set[nn.Parameter] = set()
+    for path, module in modules.items():
+        dot = path + "." if path else ""
+        own = {dot + key: p for key, p in module._parameters.items() if p is not None and p not in seen}
+        if not own:
             continue
-        main = next((n for n in names if n.endswith("weight")), names[0])
+        seen.update(own.values())
+        main = next((n for n in own if n.endswith("weight")), next(iter(own)))
         yield Layer(
             path,
             type(module).__name__,
             before.shapes.get(main, ()),
-            tuple(now[main].shape),
-            sum(_numel(before.shapes[n]) for n in names if n in before.shapes),
-            sum(now[n].numel() for n in names),
+            tuple(own[main].shape),
+            sum(math.prod(before.shapes[n]) for n in own if n in before.shapes),
+            sum(p.numel() for p in own.values()),
         )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _pair(values: tuple[int, int]) -> Mapping[str, int]:

@@ -30,6 +30,7 @@ from maskprop.graph.graph import Graph
 from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
+from maskprop.modules import modules_by_path, named_tensors
 from maskprop.reasons import Explanation
 from maskprop.report import Report
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
@@ -225,9 +226,9 @@ class ModelSpeedup:
             raise
         finally:
             self._edits = None
-        for name, parameter in self.model.named_parameters():
-            if before.shapes.get(name) != tuple(parameter.shape):
-                renew_gradients(parameter)
+        for name, tensor in named_tensors(modules_by_path(self.model)):
+            if isinstance(tensor, nn.Parameter) and before.shapes.get(name) != tuple(tensor.shape):
+                renew_gradients(tensor)
         self.explainer = Explainer(inference, self.alignment, inference.masks)
         repair.finish()
         self.report.fill(before, changes, self.model, self.explainer, repair)

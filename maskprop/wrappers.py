@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from maskprop.modules import modules_by_path
+
 # Under these attributes the wrappers hold the plain model. By name, since importing them all takes seconds.
 _PLAIN = {
     "DataParallel": "module",
@@ -19,7 +21,7 @@ def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
     Returns:
         Where it is (in words), in what it is wrapped and where the plain module is; ``None`` if there is none.
     """
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         for cls in type(module).__mro__:
             if cls.__name__ in _PLAIN:
                 where = f"'{path}'" if path else "the model"

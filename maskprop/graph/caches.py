@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from maskprop.modules import modules_by_path
+
 _Cached = type(functools.lru_cache(lambda: None))
 
 
@@ -31,7 +33,7 @@ def caches_emptied(model: nn.Module) -> Iterator[None]:
 
 def _caches(model: nn.Module) -> Iterator[Any]:
     """Those in the classes of a model's modules, and in the files that define the classes; decorated or not."""
-    classes = {c for kind in {type(m) for m in model.modules()} for c in kind.__mro__}
+    classes = {c for kind in set(map(type, modules_by_path(model).values())) for c in kind.__mro__}
     own = [c for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins")]
     files = {c.__module__: sys.modules[c.__module__] for c in own if c.__module__ in sys.modules}
     for home in (*own, *files.values()):

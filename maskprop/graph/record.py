@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from maskprop.graph.functional import Value, functional_overload
 from maskprop.graph.graph import MUTABLE_STATISTICS, Graph, ModuleCall, TensorMeta, is_op
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
+from maskprop.modules import modules_by_path, own_attributes, own_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
 _QUERIES = {
@@ -64,12 +65,11 @@ class Recorder(TorchDispatchMode):
         self._values: dict[int, Value] = {}
         self._unread: dict[int, Callable[[], fx.Node]] = {}  # results that nothing has read yet
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
-        modules = list(model.named_modules(remove_duplicate=False))
+        modules = modules_by_path(model, aliases=True)
         self._names, self.graph.aliases = _names_of(modules)
         self._masks = {self.graph.aliases.get(name, name): mask for name, mask in (masks or {}).items()}
-        self._storages = {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
         self._states: dict[str, fx.Node] = {}
-        self._paths = {id(m): name for name, m in reversed(modules)}  # of several names, the first
+        self._paths = {id(m): name for name, m in reversed(modules.items())}  # of several names, the first
         self._stack: list[tuple[str, int]] = [("", 0)]
         self._types: list[type] = [type(model)]
         self._calls = 0
@@ -78,6 +78,11 @@ class Recorder(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing here is ever compiled; torch's guard against it costs time, and seconds at first
+
+    @functools.cached_property
+    def _storages(self) -> dict[int, str]:
+        """Names of the model's tensors by the memory that they lie in."""
+        return {t.untyped_storage()._cdata: name for name, t in self._names.values() if not t.is_sparse}
 
     # -- what the tracer calls ------------------------------------------------------------------
 
@@ -406,17 +411,15 @@ def _takes_tensors(op: OpOverload) -> bool:
     return any("Tensor" in str(a.type) for a in op._schema.arguments)
 
 
-def _names_of(modules: Sequence[tuple[str, nn.Module]]) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
+def _names_of(modules: Mapping[str, nn.Module]) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
     """Names of the modules' tensors by identity, and which further names mean the same tensor."""
     names: dict[int, tuple[str, Tensor]] = {}
     aliases: dict[str, str] = {}
-    for prefix, module in modules:
+    for prefix, module in modules.items():
         dot = prefix + "." if prefix else ""
-        for group in (module._parameters, module._buffers, module.__dict__):
-            for key, tensor in group.items():
-                if not isinstance(tensor, Tensor):
-                    continue
-                known = names.setdefault(id(tensor), (dot + key, tensor))
-                if known[0] != dot + key:
-                    aliases[dot + key] = known[0]
+        bare = {key: value for key, value in own_attributes(module).items() if isinstance(value, Tensor)}
+        for key, tensor in (own_tensors(module) | bare).items():
+            known = names.setdefault(id(tensor), (dot + key, tensor))
+            if known[0] != dot + key:
+                aliases[dot + key] = known[0]
     return names, aliases

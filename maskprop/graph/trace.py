@@ -19,6 +19,7 @@ from maskprop.graph.graph import Graph
 from maskprop.graph.randomness import generators_kept
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.modules import modules_by_path
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _trace(
 def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
     """Run one forward pass under a recorder, on the tensors and in the mode that its graph is made for."""
     with ExitStack() as stack:
-        stack.enter_context(frozen_state(model))
+        stack.enter_context(frozen_state(model, fake=not (recorder.graph.concrete or recorder.on_meta)))
         if recorder.graph.training:
             for module in model.modules():
                 module.__dict__["training"] = not of_torch(type(module))
@@ -253,21 +254,26 @@ def of_torch(kind: type[nn.Module]) -> bool:
     return kind.forward.__module__.startswith("torch.nn.modules.")
 
 
+_TABLES = {dict, set}
+
+
 @contextmanager
-def frozen_state(model: nn.Module) -> Iterator[None]:
+def frozen_state(model: nn.Module, fake: bool = False) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were.
 
-    So are the generators (see :func:`generators_kept`): to be entered before modes that make tensors fake.
+    So are the generators (see :func:`generators_kept`): to be entered before modes that make tensors fake. With
+    ``fake``, all that runs inside is under such a mode, which writes to no real buffer.
     """
     before: list[tuple[Any, Any]] = []
     empty: list[Any] = []  # most of a module's tables are
     buffers: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in modules_by_path(model).values():
         attributes = module.__dict__
-        buffers.update((id(b), b) for b in module._buffers.values() if b is not None and not b.is_meta)
+        if module._buffers and not fake:
+            buffers.update((id(b), b) for b in module._buffers.values() if b is not None and not b.is_meta)
         before.append((attributes, attributes.copy()))
         for table in attributes.values():
-            if type(table) in (dict, set):
+            if type(table) in _TABLES:
                 if table:
                     before.append((table, table.copy()))
                 else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskprop.align.plan import AttributeChange, Plan
 from maskprop.errors import PlanError
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.authored import Patch, places_of_setting
 from maskprop.rewrite.edits import Edits, owner_of
 from maskprop.rewrite.leaves import update_leaves
@@ -60,7 +61,7 @@ def change_attribute(edits: Edits, change: AttributeChange) -> None:
 
 def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     """Slice, mask and add; see :func:`apply_plan`."""
-    modules = dict(edits.model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(edits.model, aliases=True)
     for name in dict.fromkeys([*plan.keep, *masks, *(a.name for a in plan.add)]):
         path, _, key = name.rpartition(".")
         try:

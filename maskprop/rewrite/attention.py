@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskprop.align.plan import Plan
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.edits import Edits
 
 
@@ -125,7 +126,7 @@ def replace_attention(edits: Edits, plan: Plan) -> list[str]:
         Paths of the modules that changed.
     """
     found = []
-    for path, module in edits.model.named_modules():
+    for path, module in modules_by_path(edits.model).items():
         if not isinstance(module, nn.MultiheadAttention):
             continue
         dot = path + "." if path else ""

@@ -17,6 +17,7 @@ from maskprop.align.constants import number_at
 from maskprop.align.plan import AttributeChange
 from maskprop.graph.graph import Graph
 from maskprop.graph.paths import lineage
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.apply import CONFIGS
 from maskprop.rewrite.authored import names_read
 from maskprop.rewrite.patched import patched_settings
@@ -109,7 +110,7 @@ def everywhere(model: nn.Module, replay: Replay, candidate: Candidate) -> list[A
     if not (candidate.size.path + ".").startswith(candidate.path + "." if candidate.path else ""):
         return changes
     below = candidate.size.path.removeprefix(candidate.path)
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         if (
             type(module) is not kind
             or path == candidate.path

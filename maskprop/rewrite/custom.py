@@ -14,6 +14,7 @@ from maskprop.errors import ReplaceError
 from maskprop.graph.graph import Graph, shape_of
 from maskprop.graph.paths import within
 from maskprop.infer.facts import everywhere
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.edits import Edits
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Customs:
 
     def matching(self, model: nn.Module) -> set[str]:
         """Paths of the modules for which there is a replace function."""
-        return {path for path, module in model.named_modules() if self._function(module) is not None}
+        return {path for path, module in modules_by_path(model).items() if self._function(module) is not None}
 
     def apply(self, speedup: ModelSpeedup, edits: Edits, graph: Graph, alignment: Alignment) -> Plan:
         """Run replacers, then replace functions; the plan without the modules that they took over.
@@ -61,7 +62,7 @@ class Customs:
                     f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. "
                     "The model is unchanged."
                 ) from error
-        for path, module in list(edits.model.named_modules()):
+        for path, module in list(modules_by_path(edits.model).items()):
             function = self._function(module)
             if function is None or within(path, self.taken) or not _shrinks(alignment.plan, path):
                 continue

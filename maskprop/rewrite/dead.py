@@ -24,6 +24,7 @@ from maskprop.graph.trace import Inputs, frozen_state, of_torch, quiet, trace_pa
 from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.edits import Edits
 
 log = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ def _layers(model: nn.Module, graph: Graph) -> Iterator[DeadLayer]:
             ops_of[str(node.meta["path"])].append(node)
         elif node.op == "get_attr":
             tensors_of[str(node.target).rpartition(".")[0]].append(node)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model, aliases=True)
     for path in graph.calls:
         module = modules[path]
         if module is model:  # stays of its author's class

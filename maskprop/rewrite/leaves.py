@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskprop.align.plan import Plan
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.edits import Edits
 
 Update = Callable[[nn.Module, "LeafPlan"], dict[str, object]]
@@ -56,7 +57,7 @@ def leaf(*types: type) -> Callable[[Update], Update]:
 
 def update_leaves(edits: Edits, plan: Plan) -> None:
     """Set the attributes of every leaf whose tensors shrank."""
-    for path, module in edits.model.named_modules():
+    for path, module in modules_by_path(edits.model).items():
         info = LeafPlan(plan, path)
         if not info.touches(module):
             continue

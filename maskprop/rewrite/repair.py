@@ -23,6 +23,7 @@ from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import Inputs
 from maskprop.infer.coupling import Cut, Pin
 from maskprop.infer.sweep import Inference
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
 from maskprop.rewrite.attributes import candidates_for, everywhere
@@ -283,7 +284,7 @@ class Repair:
         kind = self._class_of(mismatch.path)
         paths = [
             path
-            for path, module in self.edits.model.named_modules()
+            for path, module in modules_by_path(self.edits.model).items()
             if type(module) is kind and path not in self._treated and self._changes(replay, path)
         ]
         mark = self.edits.mark()

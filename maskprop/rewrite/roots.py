@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.authored import NoSource, Patch, Place, roots_in
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.patched import patched_class
@@ -26,7 +27,7 @@ def root_patches(model: nn.Module, replay: Replay) -> list[tuple[str, Patch]]:
         replay: what the plan expects.
     """
     found: list[tuple[str, Patch]] = []
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         sizes = _shrunk_sums(replay, path)
         cls = type(module)
         if not sizes or hasattr(cls, "generated_source"):

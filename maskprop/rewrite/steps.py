@@ -9,6 +9,7 @@ and needs no maskprop to be unpickled.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from torch import nn
 
 from maskprop.align.plan import Plan
 from maskprop.errors import ArchitectureError, LoadError, PlanError
+from maskprop.modules import modules_by_path, named_tensors
 from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
 from maskprop.rewrite.authored import NoSource, Patch
@@ -43,46 +45,46 @@ class Snapshot:
     """Classes, attributes and tensor shapes of a model before a speedup."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.architecture = architecture(model)
-        self.modules = dict(model.named_modules())
+        self.modules = modules_by_path(model)
         self.classes = {path: type(m) for path, m in self.modules.items()}
-        self.attributes = {path: _attributes(m) for path, m in self.modules.items()}
+        self.attributes = {path: vars(m).copy() for path, m in self.modules.items()}
+        self.architecture = architecture(model)
         self.shapes = {name: tuple(shape) for name, shape in self.architecture["tensors"].items()}
-        self.tensors = {path: _tensors(m) for path, m in self.modules.items()}
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.bytes = count_bytes(model)
+        self.parameters, self.bytes = count(self.modules)
 
     def changes(self, model: nn.Module) -> dict[str, ModuleChange]:
         """What is different now, by module path."""
-        found: dict[str, ModuleChange] = {}
-        now = dict(model.named_modules())
-        for path in [p for p in self.modules if p not in now]:
-            found[path] = ModuleChange(obstacle="it was removed")
+        now = modules_by_path(model)
+        gone = [path for path in self.modules if path not in now]
+        found = defaultdict(ModuleChange, {path: ModuleChange(obstacle="it was removed") for path in gone})
         for path, module in now.items():
-            change = self._change(path, module)
-            if change != ModuleChange():
-                found[path] = change
-        return found
-
-    def _change(self, path: str, module: nn.Module) -> ModuleChange:
-        if self.modules.get(path) is not module:
-            return ModuleChange(obstacle=f"a {type(module).__name__} was put in its place")
-        change = ModuleChange()
-        if type(module) is not self.classes[path]:
-            change.cls = _describe_class(type(module))
-            if change.cls is None:
-                change.obstacle = f"it was turned into a {type(module).__qualname__}"
-        change.dropped = sorted(self.tensors[path] - _tensors(module))
-        before = self.attributes[path]
-        for name, value in _attributes(module).items():
-            old = before.get(name, _ABSENT)
-            if old is value or (_is_plain(old) and _is_plain(value) and type(old) is type(value) and old == value):
+            if self.modules.get(path) is not module:
+                found[path].obstacle = f"a {type(module).__name__} was put in its place"
                 continue
-            if not _is_plain(value):
-                change.obstacle = f"its attribute '{name}' became a {type(value).__name__}"
-            else:
-                change.attributes[name] = (None if old is _ABSENT else old, value)
-        return change
+            if type(module) is not self.classes[path]:
+                found[path].cls = _describe_class(type(module))
+                if found[path].cls is None:
+                    found[path].obstacle = f"it was turned into a {type(module).__qualname__}"
+            for name, old, value in self._set(path, module):
+                if _is_plain(value):
+                    found[path].attributes[name] = (None if old is _ABSENT else old, value)
+                else:
+                    found[path].obstacle = f"its attribute '{name}' became a {type(value).__name__}"
+        for name in sorted(self.shapes.keys() - dict(named_tensors(now)).keys()):
+            path, _, key = name.rpartition(".")
+            if self.modules.get(path) is now.get(path, _ABSENT):
+                found[path].dropped.append(key)
+        return dict(found)
+
+    def _set(self, path: str, module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+        """Attributes of a module that are others than before, with the old and the new value."""
+        before = self.attributes[path]
+        for name, value in vars(module).items():
+            old = before.get(name, _ABSENT)
+            if old is value or name in _INTERNAL:
+                continue
+            if not (_is_plain(old) and _is_plain(value) and type(old) is type(value) and old == value):
+                yield name, old, value
 
 
 @dataclass
@@ -113,10 +115,9 @@ class ModuleChange:
 
 def architecture(model: nn.Module) -> dict[str, Any]:
     """The fingerprint of a model: shapes of its parameters and buffers, class and settings of its modules."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {
-        "tensors": {name: list(t.shape) for name, t in tensors},
-        "modules": {path: [type(m).__name__, m.extra_repr()] for path, m in model.named_modules()},
+        "tensors": {name: list(t.shape) for name, t in named_tensors(modules_by_path(model, aliases=True))},
+        "modules": {path: [type(m).__name__, m.extra_repr()] for path, m in modules_by_path(model).items()},
         "torch": _minor(torch.__version__),
     }
 
@@ -267,13 +268,18 @@ def obstacles(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield path, change["obstacle"]
 
 
-def count_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and persistent buffers, shared ones once."""
-    tensors: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        held = [(k, t) for k, t in module._buffers.items() if k not in module._non_persistent_buffers_set]
-        tensors.update((id(t), t) for _, t in [*module._parameters.items(), *held] if t is not None)
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def count(modules: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """Elements of the parameters, and bytes of these and the persistent buffers; shared ones once."""
+    parameters: dict[int, torch.Tensor] = {}
+    buffers: dict[int, torch.Tensor] = {}
+    for module in modules.values():
+        parameters.update((id(t), t) for t in module._parameters.values() if t is not None)
+        for name, t in module._buffers.items():
+            if t is not None and name not in module._non_persistent_buffers_set:
+                buffers[id(t)] = t
+    sizes = [t.numel() for t in parameters.values()]
+    held = [*zip(sizes, parameters.values(), strict=True), *((t.numel(), t) for t in buffers.values())]
+    return sum(sizes), sum(n * t.element_size() for n, t in held)
 
 
 # -- classes ------------------------------------------------------------------------------------
@@ -324,14 +330,6 @@ class _Absent:
 
 
 _ABSENT = _Absent()
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if k not in _INTERNAL}
-
-
-def _tensors(module: nn.Module) -> set[str]:
-    return {n for table in (module._parameters, module._buffers) for n, t in table.items() if t is not None}
 
 
 def _is_plain(value: Any) -> bool:

@@ -17,6 +17,7 @@ from maskprop.graph.graph import Graph
 from maskprop.graph.paths import within
 from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.sweep import Inference
+from maskprop.modules import modules_by_path
 from maskprop.rewrite.apply import apply_plan
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.replay import Replay
@@ -28,7 +29,7 @@ def idle_modules(model: nn.Module, graph: Graph) -> Iterator[str]:
     """Paths of the outermost modules that have parameters of which the trace used none."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     found: set[str] = set()
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         if not path or path in graph.calls or within(path, found):
             continue
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]

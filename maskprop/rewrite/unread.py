@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from maskprop.align.plan import AttributeChange
+from maskprop.modules import modules_by_path, own_tensors
 from maskprop.rewrite.replay import Replay
 
 # Widths that torch's modules check at most.
@@ -28,11 +29,11 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
     plan = replay.alignment.plan
     changed = {(c.module, c.attribute) for c in plan.attributes}
     found = []
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         # what torch's own modules hold follows their tensors; a norm without any still says how wide it is
         attributes = vars(module)
         if type(module).__module__.startswith("torch.nn."):
-            attributes = {} if _tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
+            attributes = {} if own_tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
             if not attributes:
                 continue
         sizes: dict[int, set[int]] = {}
@@ -52,11 +53,6 @@ def _sizes(module: nn.Module, path: str, replay: Replay) -> Iterator[tuple[int, 
             yield from zip(dense or (), compact or (), strict=False)
     for key, owner in [("", module), *module.named_children()]:
         prefix = ".".join(part for part in (path, key) if part)
-        for name, tensor in _tensors(owner):
+        for name, tensor in own_tensors(owner).items():
             dense = replay.alignment.plan.shapes.get(f"{prefix}.{name}".lstrip("."), tuple(tensor.shape))
             yield from zip(dense, tensor.shape, strict=False)
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """A module's own parameters and buffers."""
-    return [(k, t) for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None]
