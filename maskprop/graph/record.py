@@ -35,6 +35,8 @@ _QUERIES = {
 
 _DEVICE = torch.ops.prim.device.default
 
+_CALL = "_compiled_call_impl"
+
 _Place = tuple[str, int, type]
 
 _inserting: list[bool] = []
@@ -69,7 +71,7 @@ class Recorder(TorchDispatchMode):
         self._names, self.graph.aliases = _names_of(modules)
         self._masks = {self.graph.aliases.get(name, name): mask for name, mask in (masks or {}).items()}
         self._states: dict[str, fx.Node] = {}
-        self._paths = {id(m): name for name, m in reversed(modules.items())}  # of several names, the first
+        self._paths = {m: path for path, m in reversed(modules.items())}  # of several paths, the first
         self._stack: list[tuple[str, int]] = [("", 0)]
         self._types: list[type] = [type(model)]
         self._calls = 0
@@ -93,12 +95,14 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def module_paths(self) -> Iterator[None]:
-        """Follow which module is running, through a wrapper of every module's call."""
-        call = nn.Module.__call__
+        """Follow which module is running: a call of one comes here, in the way in which it reaches what compiles it.
 
-        def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        That is an attribute of the module. A patch of ``nn.Module.__call__`` has Python forget what it knows of every
+        class of modules, which takes longer than many a forward pass on fake tensors.
+        """
+
+        def recorded(module: nn.Module, path: str, /, *args: Any, **kwargs: Any) -> Any:
             self._calls += 1
-            path = self._paths.get(id(module), self._stack[-1][0])
             self.last_path = path
             self.graph.history.append(made := ModuleCall(path, self._calls))
             first = path not in self.graph.calls
@@ -107,7 +111,7 @@ class Recorder(TorchDispatchMode):
             self._stack.append((path, self._calls))
             self._types.append(type(module))
             try:
-                result = self._run(call, module, args, kwargs)
+                result = self._run(module, args, kwargs)
             finally:
                 self._stack.pop()
                 self._types.pop()
@@ -117,15 +121,20 @@ class Recorder(TorchDispatchMode):
                 self.graph.results[path] = made.result
             return result
 
-        nn.Module.__call__ = recorded  # type: ignore[method-assign]
+        before = [(vars(module), vars(module).get(_CALL)) for module in self._paths]
+        for module, path in self._paths.items():
+            vars(module)[_CALL] = functools.partial(recorded, module, path)
         try:
             yield
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            for attributes, compiled in before:
+                attributes.pop(_CALL, None)
+                if compiled is not None:
+                    attributes[_CALL] = compiled
 
-    def _run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module."""
-        return call(module, *args, **kwargs)
+        return module._call_impl(*args, **kwargs)
 
     @contextmanager
     def listening(self) -> Iterator[list[fx.Node]]:

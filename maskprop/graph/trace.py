@@ -155,7 +155,7 @@ def _trace(
 def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
     """Run one forward pass under a recorder, on the tensors and in the mode that its graph is made for."""
     with ExitStack() as stack:
-        stack.enter_context(frozen_state(model, fake=not (recorder.graph.concrete or recorder.on_meta)))
+        stack.enter_context(frozen_state(model))
         if recorder.graph.training:
             for module in model.modules():
                 module.__dict__["training"] = not of_torch(type(module))
@@ -204,19 +204,23 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[No
 def quiet() -> Iterator[None]:
     """Failing on fake tensors is expected where sizes are tried: torch need not log it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    before = logger.disabled
+    logger.disabled = True
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.disabled = before
 
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Turn fused fast paths off, so that attention and LSTM come out as matmul, softmax and chunk."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    """Turn fused fast paths off, so that attention and LSTM come out as matmul, softmax and chunk.
+
+    And batch norm as its kernel: the choice of one asks four times what only Python can answer about a fake tensor.
+    """
+    fastpath, batch_norm = torch.backends.mha.get_fastpath_enabled(), torch.batch_norm
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.batch_norm = _batch_norm  # type: ignore[assignment]
     try:
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -226,6 +230,14 @@ def plain_kernels() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.batch_norm = batch_norm
+
+
+_choose_batch_norm = torch.batch_norm
+
+
+def _batch_norm(x: Tensor, *args: Any) -> Tensor:
+    return torch.native_batch_norm(x, *args[:-1])[0] if x.numel() else _choose_batch_norm(x, *args)
 
 
 @contextmanager
@@ -258,18 +270,17 @@ _TABLES = {dict, set}
 
 
 @contextmanager
-def frozen_state(model: nn.Module, fake: bool = False) -> Iterator[None]:
+def frozen_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module's attributes, buffers and mode are what they were.
 
-    So are the generators (see :func:`generators_kept`): to be entered before modes that make tensors fake. With
-    ``fake``, all that runs inside is under such a mode, which writes to no real buffer.
+    So are the generators (see :func:`generators_kept`): to be entered before modes that make tensors fake.
     """
     before: list[tuple[Any, Any]] = []
     empty: list[Any] = []  # most of a module's tables are
     buffers: dict[int, Tensor] = {}
     for module in modules_by_path(model).values():
         attributes = module.__dict__
-        if module._buffers and not fake:
+        if module._buffers:
             buffers.update((id(b), b) for b in module._buffers.values() if b is not None and not b.is_meta)
         before.append((attributes, attributes.copy()))
         for table in attributes.values():

@@ -45,7 +45,7 @@ class Customs:
 
     def matching(self, model: nn.Module) -> set[str]:
         """Paths of the modules for which there is a replace function."""
-        return {path for path, module in modules_by_path(model).items() if self._function(module) is not None}
+        return {path for path, _, _ in self._served(model)}
 
     def apply(self, speedup: ModelSpeedup, edits: Edits, graph: Graph, alignment: Alignment) -> Plan:
         """Run replacers, then replace functions; the plan without the modules that they took over.
@@ -62,9 +62,8 @@ class Customs:
                     f"the replacer {type(replacer).__name__} failed with {type(error).__name__}: {error}. "
                     "The model is unchanged."
                 ) from error
-        for path, module in list(modules_by_path(edits.model).items()):
-            function = self._function(module)
-            if function is None or within(path, self.taken) or not _shrinks(alignment.plan, path):
+        for path, module, function in self._served(edits.model):
+            if within(path, self.taken) or not _shrinks(alignment.plan, path):
                 continue
             try:
                 new = function(module, leaf_masks(graph, alignment, path))
@@ -81,6 +80,12 @@ class Customs:
             edits.set_module(path, new)
             self.taken.append(path)
         return alignment.plan.only(lambda name: not within(name, self.taken)) if self.taken else alignment.plan
+
+    def _served(self, model: nn.Module) -> list[tuple[str, nn.Module, ReplaceFunction]]:
+        """Paths and modules for which there is a replace function, and which."""
+        modules = modules_by_path(model) if self.functions else {}
+        found = ((path, module, self._function(module)) for path, module in modules.items())
+        return [(path, module, function) for path, module, function in found if function is not None]
 
     def _function(self, module: nn.Module) -> ReplaceFunction | None:
         for kind in type(module).__mro__:

@@ -6,7 +6,7 @@ Most compact models do so to their end. Then there is nothing to explain, and no
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -107,12 +107,12 @@ class _Follower(Recorder):
 
     # -- layers of torch's own -------------------------------------------------------------------
 
-    def _run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         known = None
         if type(module) in _PLAIN and len(args) == 1 and isinstance(args[0], FakeTensor) and _is_untouched(module):
             known = self._skip_call(args[0])
         if known is None:
-            return call(module, *args, **kwargs)
+            return super()._run(module, args, kwargs)
         if not _fits(module, args[0].shape, self._replay.shape(known)):
             raise self._divergence()
         if getattr(module, "inplace", False):

@@ -25,14 +25,6 @@ class LeafPlan:
     def __init__(self, plan: Plan, path: str) -> None:
         self._plan, self._dot = plan, path + "." if path else ""
 
-    def touches(self, module: nn.Module) -> bool:
-        """Whether any of the module's own tensors shrinks."""
-        return any(
-            self._dot + key in self._plan.keep
-            for table in (module._parameters, module._buffers)
-            for key in table.keys()  # noqa: SIM118 (a scripted module's table is no dict)
-        )
-
     def blocks(self, key: str, count: int, tensor: Tensor) -> int:
         """Of ``count`` equal blocks of a tensor's rows, how many keep a row."""
         name = self._dot + key
@@ -57,13 +49,12 @@ def leaf(*types: type) -> Callable[[Update], Update]:
 
 def update_leaves(edits: Edits, plan: Plan) -> None:
     """Set the attributes of every leaf whose tensors shrank."""
-    for path, module in modules_by_path(edits.model).items():
-        info = LeafPlan(plan, path)
-        if not info.touches(module):
-            continue
+    modules = modules_by_path(edits.model, aliases=True)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in plan.keep):
+        module = modules[path]
         update = next((_UPDATES[t] for t in type(module).__mro__ if t in _UPDATES), None)
         if update is not None:
-            for name, value in update(module, info).items():
+            for name, value in update(module, LeafPlan(plan, path)).items():
                 if getattr(module, name, None) != value:
                     edits.set_attribute(module, name, value)
 

@@ -180,7 +180,10 @@ class Convolution(Rule):
     def _terminate(self, op: Op, labels: Tensor, c: Coupling, groups: int, ragged: bool) -> None:
         channels, (x, weight) = op.shapes[0][1], c.facts_of(op)[:2]
         live = self._read(op, c) & ~all_over(x.zero, [0, *range(2, x.zero.ndim)]).reshape(-1).expand(channels)
-        if weight.total and not x.total and c.constants != "drop":
+        constants = live & all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1)
+        if c.constants == "drop":
+            live = live & ~constants
+        elif weight.total and not x.total and bool(constants.any()):
             constant, foldable = unit_constants(x, live, channels, groups, ragged)
             foldable = same_in_all_calls(op, constant, foldable, lambda one: self._seen(one, c))
             carrier = ragged or constant.ndim > 1
@@ -195,8 +198,6 @@ class Convolution(Rule):
             if kind is not None and bool(foldable.any()):
                 c.leave(Contraction(op, labels, constant, foldable, kind, groups))
                 live = live & ~foldable
-        elif c.constants == "drop":
-            live = live & ~all_over(x.known, [0, *range(2, x.known.ndim)]).reshape(-1).expand(channels)
         c.end(labels, live, "is read here")
 
     def _read(self, op: Op, c: Coupling) -> Tensor:

@@ -61,10 +61,11 @@ class BatchNorm(Rule):
             return Fact.unknown(ndim), *unknowns(op)[1:]
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
-        if bool(seen.any()) and mean is not None and var is not None and not self._on_batch(op):
+        scaled = seen if known is seen or weight is None else seen & ~weight.zero
+        if bool(scaled.any()) and mean is not None and var is not None and not self._on_batch(op):
             value = (channel_value(x) - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
             value = value if weight is None else value * weight.value()
-            value = value if known is seen else torch.where(seen, value, 0.0)
+            value = value if known is seen else torch.where(scaled, value, 0.0)
         if bias is not None:
             value = value + bias.value()
         first = Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
