@@ -44,6 +44,19 @@ class OnePlus(Written):
         return y * (1.0 + self.weight.float())
 
 
+class Grouped(Written):
+    """A mean for each of two groups, and one weight for them all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.size = width // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.view(*x.shape[:-1], x.shape[-1] // self.size, self.size)
+        groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * groups.view(x.shape)
+
+
 class Bare(Written):
     """No weight of its own in the product."""
 
@@ -100,13 +113,16 @@ class Heads(nn.Module):
 
 
 def compacted(
-    model: nn.Module, names: tuple[str, ...] = ("fc1.weight", "fc1.bias"), tolerance: float = 1e-5
+    model: nn.Module,
+    names: tuple[str, ...] = ("fc1.weight", "fc1.bias"),
+    tolerance: float = 1e-5,
+    rows: Tensor = ROWS,
 ) -> nn.Module:
     model = randomise(model.eval(), (torch.randn(4, 6, dtype=next(model.parameters()).dtype),))
     masks = {}
     for name in names:
         shape = model.get_parameter(name).shape
-        masks[name] = ROWS.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+        masks[name] = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     reference = masked_reference(model, masks)
     dtype = model.get_parameter(names[0]).dtype
     ModelSpeedup(model, torch.randn(2, 6, dtype=dtype), masks).speedup_model()
@@ -144,6 +160,16 @@ def test_dims_of_heads_leave(norm: Callable[[], nn.Module]) -> None:
     assert model.q.out_features == model.k.out_features == 12
     assert model.norm_q.weight.shape == model.norm_k.weight.shape == (3,)
     assert error(model, reference, torch.randn(7, 6)) <= 1e-5
+
+
+def test_each_group_gives_as_many_units() -> None:
+    """Of the first group four units are zero, of the second one two others; a group that is all zero leaves whole."""
+    model = compacted(Net(Grouped(16)))
+    assert model.fc1.out_features == len(model.norm.weight) == 12
+    assert model.norm.variance_epsilon == pytest.approx(0.3 * 8 / 6)
+    model = compacted(Net(Grouped(16)), rows=(torch.arange(16) < 8).float())
+    assert model.fc1.out_features == len(model.norm.weight) == 8
+    assert model.norm.variance_epsilon == 0.3
 
 
 def test_eps_follows_the_mean() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from maskprop.align.constants import fold_constants, hold_constants, recount, rescale_means, weight_of
 from maskprop.align.couple import couple
 from maskprop.align.plan import Keep, Plan
-from maskprop.align.solve import Bools, Ints, Solution, carriers, multiples, never_empty, regularity
+from maskprop.align.solve import Bools, Ints, Solution, carriers, count_kept, multiples, never_empty, regularity
 from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Coupling, Cut, Labels, Pin, owned_axes
 from maskprop.infer.sweep import Inference
@@ -40,21 +40,21 @@ class Alignment:
         labels = self.coupling.labels.get(node)
         if index is not None:
             meta, labels = meta[index], None if labels is None else labels[index]
-        kept = self._kept(labels)
-        return tuple(n if i >= len(kept) or kept[i] is None else _count(kept, i) for i, n in enumerate(meta.shape))
+        kept = self.solution.kept_units(labels)
+        return tuple(n if i >= len(kept) or kept[i] is None else count_kept(kept, i) for i, n in enumerate(meta.shape))
 
     def expected_bound(self, node: fx.Node, axis: int, bound: int) -> int:
         """Where a bound of a slice along an axis of a recorded value is in the compact model."""
-        kept = self._kept(self.coupling.labels_of(node))
+        kept = self.solution.kept_units(self.coupling.labels_of(node))
         mask = kept[axis] if kept else None
         if mask is None:
             return bound
         kept[axis] = mask[(slice(None),) * axis + (slice(bound),)]
-        return _count(kept, axis) if bound else 0
+        return count_kept(kept, axis) if bound else 0
 
     def kept_part(self, node: fx.Node, value: Tensor) -> Tensor | None:
         """What stays of a recorded value; ``None`` where the choice along an axis varies along another."""
-        for axis, mask in enumerate(self._kept(self.coupling.labels.get(node))):
+        for axis, mask in enumerate(self.solution.kept_units(self.coupling.labels.get(node))):
             if mask is not None and not mask.all():
                 if mask.size != mask.shape[axis]:
                     return None
@@ -73,12 +73,6 @@ class Alignment:
                     count = _period(stays)
                     found.append((position, axis, count, tuple(np.flatnonzero(stays[:count]).tolist())))
         return found
-
-    def _kept(self, labels: Labels | None) -> list[Bools | None]:
-        """Which units stay, an array an axis; empty if all do."""
-        if labels is None or all(a is None for a in labels):
-            return []
-        return [None if a is None else ~self.solution.leaves(a) for a in labels]
 
 
 def align(
@@ -229,7 +223,7 @@ def _period(mask: Bools) -> int:
 def _keeps(labels: Labels, s: Solution) -> list[Keep]:
     """Kept indices of every axis of a tensor that shrinks."""
     found: list[Keep] = []
-    kept = [None if a is None else ~s.leaves(a) for a in labels]
+    kept = s.kept_units(labels)
     for axis, mask in enumerate(kept):
         if mask is None or mask.all():
             continue
@@ -251,25 +245,6 @@ def _keeps(labels: Labels, s: Solution) -> list[Keep]:
         shape = [n for i, n in enumerate(order.shape[:-1]) if n > 1 or (i if i < axis else i + 1) in over]
         found.append(Keep(axis, torch.from_numpy(np.ascontiguousarray(order)).reshape(*shape, count), over))
     return found
-
-
-def _count(kept: list[Bools | None], axis: int) -> int:
-    """Units along an axis at the positions that stay."""
-    mask = kept[axis]
-    assert mask is not None
-    if not mask.size:
-        return 0
-    if mask.size == mask.shape[axis] and all(o is None or o.any() for o in kept):  # not ragged
-        return int(np.count_nonzero(mask))
-    others = np.ones((1,) * mask.ndim, dtype=bool)
-    for i, other in enumerate(kept):
-        if i != axis and other is not None:
-            others = others & other
-    counts = mask.sum(axis, keepdims=True)
-    counts, others = np.broadcast_arrays(counts, others)
-    if not counts.size:  # an empty value: another axis has no units at all
-        return int(mask.sum(axis).max())
-    return int(np.where(others, counts, 0).max())
 
 
 def kept_of(alignment: Alignment, name: str) -> list[Tensor | None]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from maskprop.align.plan import Add, Plan
-from maskprop.align.solve import Solution
+from maskprop.align.solve import Solution, count_kept
+from maskprop.graph.graph import shape_of
 from maskprop.infer.coupling import Contraction, Coupling
 from maskprop.infer.facts import Fact
 from maskprop.infer.op import Op
@@ -179,15 +180,17 @@ def rescale_means(plan: Plan, c: Coupling, s: Solution) -> dict[fx.Node, tuple[i
     """
     numbers: dict[fx.Node, tuple[int, float]] = {}
     for rescale in c.rescales:
-        leaves = s.leaves(rescale.labels)
-        if not leaves.any():
+        kept = s.kept_units(rescale.labels)
+        own = kept[rescale.axis]
+        assert own is not None
+        place, factor = rescale.place, own.shape[rescale.axis] / count_kept(kept, rescale.axis)
+        if factor == 1:
             continue
-        place, factor = rescale.place, len(leaves) / int((~leaves).sum())
         for node, position in place.numbers:
             numbers[node] = position, number_at(node, position) * factor
-        weight: Tensor = c.facts[place.weight].value()
-        weight = weight.expand(len(leaves))[torch.from_numpy(~leaves)]
         name = str(place.weight.target)
+        weight: Tensor = c.facts[place.weight].value().expand(shape_of(place.weight))
+        weight = plan.slice(name, weight) if name in plan.keep else weight
         plan.add.append(Add(name, (place.offset + weight) * (factor**place.power - 1)))
     return numbers
 

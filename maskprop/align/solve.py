@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskprop.infer.coupling import Axis, Coupling
+from maskprop.infer.coupling import Axis, Coupling, Labels
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -89,6 +89,12 @@ class Solution:
     def kept(self, labels: Tensor) -> Tensor:
         """Positions, in the flat order, whose labels stay."""
         return torch.from_numpy(np.flatnonzero(~self.leaves(labels)))
+
+    def kept_units(self, labels: Labels | None) -> list[Bools | None]:
+        """Which units of a value stay, an array an axis; empty if all do."""
+        if labels is None or all(a is None for a in labels):
+            return []
+        return [None if a is None else ~self.leaves(a) for a in labels]
 
     def best(self, labels: Tensor, count: NDArray[np.int64] | int, axis: int = -1) -> Bools:
         """So many of the labels that leave, along an axis: the first, but last those that leave with an outer unit.
@@ -330,3 +336,22 @@ def _distinct(rows: Ints) -> Ints:
     """The distinct rows in order: what ``np.unique(rows, axis=0)`` gives, several times as fast."""
     rows = rows[np.lexsort(rows.T[::-1])]
     return rows[np.append(True, (rows[1:] != rows[:-1]).any(1))] if len(rows) else rows
+
+
+def count_kept(kept: list[Bools | None], axis: int) -> int:
+    """Units along an axis at the positions that stay."""
+    mask = kept[axis]
+    assert mask is not None
+    if not mask.size:
+        return 0
+    if mask.size == mask.shape[axis] and all(o is None or o.any() for o in kept):  # not ragged
+        return int(np.count_nonzero(mask))
+    others = np.ones((1,) * mask.ndim, dtype=bool)
+    for i, other in enumerate(kept):
+        if i != axis and other is not None:
+            others = others & other
+    counts = mask.sum(axis, keepdims=True)
+    counts, others = np.broadcast_arrays(counts, others)
+    if not counts.size:  # an empty value: another axis has no units at all
+        return int(mask.sum(axis).max())
+    return int(np.where(others, counts, 0).max())

@@ -7,6 +7,7 @@ example heads ``(1, H, 1, 1)`` and their dims ``(1, H, 1, D)``. An element leave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -82,17 +83,19 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Rescale:
-    """A mean of squares over ``labels`` whose removed units are zeros, and what makes up for their number.
+    """A mean of squares whose removed units are zeros, and what makes up for their number.
 
     With C units kept as C', the mean grows by ``C / C'``. What is added to it (``eps``) grows alike, and the weight
     that the normalised value meets takes the rest.
 
     Attributes:
-        labels: of the axis, 1-D.
+        labels: of the value that it is taken of, an array an axis.
+        axis: the one that it is over.
         place: what takes the factor.
     """
 
-    labels: Tensor
+    labels: Labels
+    axis: int
     place: ScalePlace
 
 
@@ -256,23 +259,26 @@ class Coupling:
                 return
         self.contractions.append(new)
 
-    def mean_of_squares(self, labels: Tensor | None, axis: int, live: Tensor, place: ScalePlace | None) -> bool:
+    def mean_of_squares(self, labels: Labels, axis: int, live: Tensor, place: ScalePlace | None) -> bool:
         """Zeros (what is not ``live``) may leave a mean over ``axis`` if ``place`` makes up for their number.
 
-        One weight serves all heads, whose units then leave together.
+        One weight serves all heads, whose units then leave together; unless it has an element for each unit of each.
 
         Returns:
             Whether they may: the labels are pinned otherwise.
         """
-        if labels is None:
+        axis %= len(labels)
+        own = labels[axis]
+        if own is None:
             return False
         if place is None:
-            self.pin(labels, "is averaged over")
+            self.pin(own, "is averaged over")
             return False
-        labels = self.uniform(labels, [d for d in range(labels.ndim) if d != axis % labels.ndim])
-        assert labels is not None
-        self.end(labels, live, "is averaged here")
-        self.rescales.append(Rescale(labels.reshape(-1), place))
+        if own.numel() != math.prod(shape_of(place.weight)):
+            own = self.uniform(own, [d for d in range(own.ndim) if d != axis])
+            assert own is not None
+        self.end(own, live, "is averaged here")
+        self.rescales.append(Rescale([own if d == axis else other for d, other in enumerate(labels)], axis, place))
         return True
 
     def triple(self, row: Tensor, outer: Tensor, inner: Tensor, factors: tuple[int, int]) -> None:

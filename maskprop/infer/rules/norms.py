@@ -229,7 +229,7 @@ class RMSNorm(LayerNorm):
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> tuple[Labels, ...]:
         place, weight = self._place(op), op.arg("weight")
-        if place is None or not c.mean_of_squares(labels[0][-1], -1, ~c.facts_of(op)[0].zero, place):
+        if place is None or not c.mean_of_squares(labels[0], -1, ~c.facts_of(op)[0].zero, place):
             return super().couple(op, labels, c)
         out = [a if i == len(labels[0]) - 1 else c.uniform(a, [len(labels[0]) - 1]) for i, a in enumerate(labels[0])]
         own = moved(c.uniform(out[-1], range(len(out) - 1)), lambda a: a.reshape(-1))

@@ -127,7 +127,7 @@ class Reduction(Rule):
             elif not c.matters(op) and self._folds(op, d):
                 continue  # nobody sees what it makes of the axis
             elif op.target is aten.mean.dim and len(dims) == 1 and labels[0][d] is not None:
-                c.mean_of_squares(labels[0][d], d, ~c.facts_of(op)[0].zero, scale_place(op.node))
+                c.mean_of_squares(labels[0], d, ~c.facts_of(op)[0].zero, scale_place(op.node))
             else:
                 c.pin(labels[0][d], "is reduced over here")
         passing = [None if i in dims else c.uniform(a, dims) for i, a in enumerate(labels[0])]
