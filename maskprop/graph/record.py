@@ -165,9 +165,21 @@ class Recorder(TorchDispatchMode):
 
     def drop_unread(self) -> None:
         """Erase the calls that were only implied and that nothing reads."""
+        for node in self._unread_nodes():
+            self.graph.fx.erase_node(node)
+
+    def mark_unread(self) -> None:
+        """Mark those calls instead, in a recording that was cut short: what came next might have read them."""
+        for node in self._unread_nodes():
+            node.meta["unread"] = True
+
+    def _unread_nodes(self) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
         for node in reversed(self.graph.fx.nodes):
-            if not node.users and (node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem):
-                self.graph.fx.erase_node(node)
+            implied = node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem
+            if implied and found.keys() >= node.users.keys():
+                found[node] = None
+        return list(found)
 
     # -- recording ------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def trace_partial(
         if recorder is None:
             raise
         del error._maskprop_recorder  # type: ignore[attr-defined]
-        recorder.drop_unread()
+        recorder.mark_unread()
         return recorder.graph, error.with_traceback(None), recorder.last_path
 
 

@@ -159,7 +159,10 @@ class _Patcher:
                     self.module(*args, **kwargs)
             except Exception as raised:  # compared below
                 error = raised
-        recorder.drop_unread()
+        if error is None:
+            recorder.drop_unread()
+        else:
+            recorder.mark_unread()
         try:
             mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
             if mismatch is not None and mismatch.got is not None:

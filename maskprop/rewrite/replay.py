@@ -209,7 +209,8 @@ class Replay:
     def _first_mismatch(
         self, strict: bool, expected: Sequence[fx.Node] | None, made: list[fx.Node], error: Exception | None, path: str
     ) -> Mismatch | None:
-        dense, compact = self.dense(strict, expected), self.significant(made, strict)
+        dense = self.dense(strict, expected)
+        compact = _without_unread(dense, self.significant(made, strict))
         mates: dict[fx.Node, fx.Node] = {}
         for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got, strict) or _other_input(want, got, mates)
@@ -367,6 +368,17 @@ class Replay:
         if found is None or found.is_meta:  # on the meta device shapes have to do
             return None
         return self.alignment.kept_part(node, found)
+
+
+def _without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of the writes in a recording that was cut short which nothing had read by then, only those of the dense one."""
+    found: list[fx.Node] = []
+    for op in compact:
+        mate = dense[len(found)] if len(found) < len(dense) else None
+        written = mate is not None and "implied" in mate.meta and same_target(mate.target, op.target)
+        if written or "unread" not in op.meta:
+            found.append(op)
+    return found
 
 
 def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:

@@ -324,3 +324,43 @@ class NothingIsPassedOn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
         return self.b(torch.cat([F.relu(h[..., : self.turned]), h[..., self.turned :]], -1))
+
+
+class Folds(nn.Module):
+    """Fails on fewer units until its attribute follows, which is a number, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 8
+        self.lin = nn.Linear(6, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x).view(-1, 2, self.size).sum(1) * self.size**-0.5
+
+
+@case(
+    vectors(6),
+    {
+        "a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],),
+        "fold.lin.weight": ([0, 1, 9, 8],), "fold.lin.bias": ([0, 1, 9, 8],),
+    },
+    {
+        "a.weight": (5, 6), "a.bias": (5,), "out.weight": (3, 9),
+        "fold.lin.weight": (12, 6), "fold.lin.bias": (12,), "end.weight": (3, 6),
+    },
+)  # fmt: skip
+class WrittenAndReadLate(nn.Module):
+    """When the child fails, nothing has read what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = 8
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 4)
+        self.fold = Folds()
+        self.out, self.end = nn.Linear(12, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_empty(len(x), self.wide + 4)
+        y[:, : self.wide].copy_(self.a(x))
+        y[:, self.wide :].copy_(self.b(x))
+        return self.end(self.fold(x)) + self.out(y.relu())
