@@ -164,7 +164,7 @@ class _Patcher:
         else:
             recorder.mark_unread()
         try:
-            mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense)
+            mismatch = self.replay.compare(recorder.graph, error, recorder.last_path, self.dense, self.path)
             if mismatch is not None and mismatch.got is not None:
                 constant = self.replay.maker(mismatch.got, mismatch.actual)
                 return mismatch, recorder.frames.get(constant or mismatch.got, [])

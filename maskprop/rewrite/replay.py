@@ -185,7 +185,12 @@ class Replay:
         return kept is None or constant.is_meta or _equal(kept, constant)
 
     def compare(
-        self, graph: Graph, error: Exception | None, path: str, expected: Sequence[fx.Node] | None = None
+        self,
+        graph: Graph,
+        error: Exception | None,
+        path: str,
+        expected: Sequence[fx.Node] | None = None,
+        own: str | None = None,
     ) -> Mismatch | None:
         """The first mismatch between a compact model's recorded ops and the dense ones.
 
@@ -194,20 +199,27 @@ class Replay:
             error: what ended it early, if anything did.
             path: of the module where it ended.
             expected: the dense ops; all by default.
+            own: the module whose numbers count alone: those of the others are theirs to mend.
         """
         self._constants.update({n: graph.state[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"})
         made = graph.ops
-        found = self._first_mismatch(True, expected, made, error, path)
+        found = self._first_mismatch(True, expected, made, error, path, own)
         if found is None:
             return self._unread_bias(graph) if expected is None else None
-        lenient = self._first_mismatch(False, expected, made, error, path)
+        lenient = self._first_mismatch(False, expected, made, error, path, own)
         # where both see the same op at fault, the strict one names the reshape before it
         if lenient is None or found.op is None or lenient.op is None:
             return lenient
         return found if found.index >= lenient.index - 3 and found.path == lenient.path else lenient
 
     def _first_mismatch(
-        self, strict: bool, expected: Sequence[fx.Node] | None, made: list[fx.Node], error: Exception | None, path: str
+        self,
+        strict: bool,
+        expected: Sequence[fx.Node] | None,
+        made: list[fx.Node],
+        error: Exception | None,
+        path: str,
+        own: str | None,
     ) -> Mismatch | None:
         dense = self.dense(strict, expected)
         compact = _without_unread(dense, self.significant(made, strict))
@@ -215,7 +227,7 @@ class Replay:
         for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got, strict) or _other_input(want, got, mates)
             mates[want] = got
-            if found is not None:
+            if found is not None and (own in (None, want.meta["path"]) or not isinstance(found[0], (int, float))):
                 wanted, actual = found
                 return Mismatch(self._place[want], str(want.meta["path"]), want, wanted, actual, got=got)
         n = min(len(dense), len(compact))

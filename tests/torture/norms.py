@@ -352,3 +352,31 @@ class SumShape(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.q(x)
         return self.o(h * sum(h.shape))
+
+
+class OfSquares(nn.Module):
+    """Its ``eps`` follows by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@case(
+    vectors(5, 6),
+    {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
+    {"a.weight": (5, 6), "a.bias": (5,), "norm.weight": (5,), "b.weight": (4, 5)},
+)
+class ALiteralAroundANorm(nn.Module):
+    """The number that changes in the child is no fault of the one that is written here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), OfSquares(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).view(-1, 8)
+        return self.b(self.norm(h).view(len(x), -1, 8))
