@@ -56,6 +56,32 @@ def test_numbers_that_forward_reads_as_something_else_stay() -> None:
     assert (model.num_heads, model.gain, model.width, model.head_dim) == (2, 4, 20, 6)
 
 
+class Grouped(nn.Module):
+    """Query heads of a group and their key and value in one axis, which is as long as there are query heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.groups = 4, 2
+        self.qkv, self.proj = nn.Linear(12, 64), nn.Linear(32, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).view(len(x), -1, self.groups, self.num_heads // self.groups + 2, 8)
+        q, k, v = parts[..., :-2, :], parts[..., [-2], :], parts[..., [-1], :]
+        q, k, v = (t.expand_as(q).flatten(2, 3).transpose(1, 2) for t in (q, k, v))
+        scores = q.reshape(len(x), self.num_heads, -1, 8) @ k.transpose(-1, -2)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_of_two_sizes_that_an_attribute_may_hold_that_one_is_set_which_fits_everywhere() -> None:
+    model = Grouped()
+    columns = (torch.arange(32) // 8 % 2).float()[None]  # the first query head of each group
+    torch.manual_seed(0)
+    speedup = ModelSpeedup(model.eval(), torch.randn(3, 5, 12), {"proj.weight": columns})
+    speedup.speedup_model()
+    assert (model.qkv.out_features, model.proj.in_features) == (48, 16)
+    assert (model.num_heads, model.groups, speedup.report.repair.generated) == (2, 2, {})
+
+
 def test_a_value_that_means_two_sizes_stays() -> None:
     model = Mlp(12, 12)
     prune(model, 12, {"fc2.weight": (torch.arange(12) >= 5).float()[None]})

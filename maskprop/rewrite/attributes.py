@@ -72,6 +72,11 @@ class Candidate:
     new: Any
     size: _Size | _Number
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the attribute."""
+        return self.path, self.attribute
+
 
 def candidates_for(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mismatch) -> list[Candidate]:
     """Attributes of the module at fault and its ancestors that equal a size which changed.

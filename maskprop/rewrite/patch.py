@@ -241,6 +241,8 @@ class _Patcher:
                     return Patch(place, "kept", at, tuple(value))
             raise
         expression = expression_at(cls, place)
+        if _name(expression) == "scaled_dot_product_attention" and isinstance(expression, ast.Call):
+            return Patch(place, "kept", 3 if len(expression.args) > 3 else "attn_mask", tuple(value))  # its only table
         if isinstance(expression, ast.Call) and not self._is_function(place, expression):
             position -= 1  # the first operand is the receiver
         return Patch(place, "kept", position, tuple(value))

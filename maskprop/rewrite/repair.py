@@ -26,7 +26,7 @@ from maskprop.infer.sweep import Inference
 from maskprop.modules import modules_by_path
 from maskprop.rewrite.apply import apply_plan, change_attribute
 from maskprop.rewrite.attention import replace_attention
-from maskprop.rewrite.attributes import candidates_for, everywhere
+from maskprop.rewrite.attributes import Candidate, candidates_for, everywhere
 from maskprop.rewrite.calls import recorded_calls
 from maskprop.rewrite.dead import DeadLayer, find_dead, forget_dead, remove_dead
 from maskprop.rewrite.edits import Edits
@@ -259,20 +259,32 @@ class Repair:
         jointly += [tuple(own)] if own == first else [tuple(own), tuple(first)]
         for attempt in [*((c,) for c in candidates), *(several for several in jointly if len(several) > 1)]:
             mark = self.edits.mark()
-            changes = [change for candidate in attempt for change in everywhere(self.edits.model, replay, candidate)]
-            for change in changes:
-                change_attribute(self.edits, change)
-            after = replay.run(self.edits.model, self.inputs)
-            if after is None or after.index > mismatch.index:
-                alignment.plan.attributes += changes
-                self.generated.update(
-                    (c.module, str(mismatch))
-                    for c in changes
-                    if c.attribute in patched_settings(self._class_of(c.module))
-                )
-                return after
-            self.edits.rollback(mark)
+            after, changes = self._try(replay, attempt)
+            if after is not None and after.index <= mismatch.index:
+                self.edits.rollback(mark)
+                continue
+            rivals = [(c,) for c in candidates if after is not None and c.place == attempt[0].place]
+            if len(attempt) == 1 < len(rivals):  # several sizes were equal, and the attribute holds one of them
+                progress: dict[Sequence[Candidate], int] = {}
+                for rival in rivals:
+                    self.edits.rollback(mark)
+                    after, _ = self._try(replay, rival)
+                    progress[rival] = len(replay.ops) + 1 if after is None else after.index
+                self.edits.rollback(mark)
+                after, changes = self._try(replay, max(rivals, key=progress.__getitem__))
+            alignment.plan.attributes += changes
+            self.generated.update(
+                (c.module, str(mismatch)) for c in changes if c.attribute in patched_settings(self._class_of(c.module))
+            )
+            return after
         return mismatch
+
+    def _try(self, replay: Replay, attempt: Sequence[Candidate]) -> tuple[Mismatch | None, list[AttributeChange]]:
+        """Set attributes, here and in the modules alike; the first mismatch then."""
+        changes = [change for candidate in attempt for change in everywhere(self.edits.model, replay, candidate)]
+        for change in changes:
+            change_attribute(self.edits, change)
+        return replay.run(self.edits.model, self.inputs), changes
 
     def _class_of(self, path: str) -> type:
         return type(self.edits.model.get_submodule(path))

@@ -293,3 +293,33 @@ class WholeWindows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         windows = self.a(x)[:, : x.shape[1] // 8 * 8]
         return self.b(F.relu(torch.cat([windows, self.c(x)], 1)))
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.proj = nn.Linear(12, 48), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), -1, 3, self.heads, 4).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+@case(
+    vectors(5, 12),
+    {"one.proj.weight": (ALL, slice(0, 8))},
+    {"one.qkv.weight": (24, 12), "one.qkv.bias": (24,), "one.proj.weight": (12, 8)},
+)
+class SlopesInACall(nn.Module):
+    """A table for the heads of all layers, which a fused call adds: each takes what it kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Biased(), Biased()
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = 2.0 ** -torch.arange(1.0, 5.0).view(1, 4, 1, 1)
+        bias = slopes * torch.arange(x.shape[1]).view(1, 1, 1, -1)
+        x = x + self.one(x, bias)
+        return x + self.two(x, bias)
