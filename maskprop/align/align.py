@@ -147,12 +147,15 @@ def align_alike(inference: Inference, alignment: Alignment, left: Collection[fx.
 def _plan(states: Mapping[str, fx.Node], c: Coupling, s: Solution) -> Plan:
     """What stays of the model's own tensors."""
     plan = Plan()
-    found = {key: _keeps(labels, s) for key, labels in _distinct(map(c.labels_of, states.values())).items()}
+    found: dict[Hashable, list[Keep]] = {}
     for name, node in states.items():
-        keeps = found[_key(c.labels_of(node))]
-        if keeps:
+        labels = c.labels_of(node)
+        key = _key(labels)
+        if key not in found:
+            found[key] = _keeps(labels, s)
+        if found[key]:
             plan.shapes[name] = shape_of(node)
-            plan.keep[name] = keeps
+            plan.keep[name] = found[key]
     return plan
 
 

@@ -66,6 +66,13 @@ class QuickFakes(TorchDispatchMode):
         return run_on_fakes(op, args, kwargs or {})
 
 
+def as_fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of a real one."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor._is_view() or tensor.requires_grad:
+        return mode.from_tensor(tensor)
+    return _made(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, mode)
+
+
 def new_fake(
     mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device, order: Sequence[int] = ()
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import sys
@@ -18,7 +19,8 @@ from maskprop.graph.caches import caches_emptied
 from maskprop.graph.graph import Graph
 from maskprop.graph.randomness import generators_kept
 from maskprop.graph.record import Recorder
-from maskprop.graph.structure import map_tensors, tensors_in
+from maskprop.graph.shapes import as_fake
+from maskprop.graph.structure import map_each_once, map_tensors, tensors_in
 from maskprop.modules import modules_by_path
 
 log = logging.getLogger(__name__)
@@ -166,7 +168,7 @@ def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
             inputs = map_tensors(inputs, lambda t: t.to("meta"))
         elif not recorder.graph.concrete:
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            inputs = map_tensors(inputs, fake.from_tensor)
+            inputs = map_each_once(inputs, functools.partial(as_fake, fake))
         for i, (path, tensor) in enumerate(tensors_in(inputs)):
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs

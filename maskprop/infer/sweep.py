@@ -164,12 +164,15 @@ class Inference:
             return
         op = self.op(node)
         parts = needed[node] if op.several else [needed[node]]
+        asked, some = None, False  # a norm's vectors are all needed alike
         for source, part in zip(
             op.inputs,
             self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts),
             strict=True,
         ):
-            if bool(part.any()):
+            if part is not asked:
+                asked, some = part, bool(part.any())
+            if some:
                 self._need(source, part)
 
     def _need(self, node: fx.Node, part: Tensor) -> None:

@@ -74,8 +74,12 @@ class Convolution(Rule):
         known = known.expand(-1, -1, outputs // groups if known.shape[2] == 1 else -1).reshape(samples, -1)
         if not bool(known.any()):
             return Fact.unknown(ndim)
+        shape = (-1, outputs) + (1,) * len(space)
+        nonzero = not ragged and bool((seen & ~zero).any())
+        if not nonzero and len(facts) == 2:
+            return Fact.zeros(known.reshape(shape))
         value = torch.zeros(1, outputs, dtype=torch.float64)
-        if not ragged and bool((seen & ~zero).any()):
+        if nonzero:
             constants = torch.where(seen & ~zero, x.value().flatten(2)[..., 0], 0.0)
             constants = constants.expand(-1, op.shapes[0][1]).reshape(constants.shape[0], groups, 1, -1)
             kernel = weight.value().expand(op.shapes[1]).flatten(2).sum(-1)
@@ -85,7 +89,6 @@ class Convolution(Rule):
         if len(facts) > 2:
             known = known & facts[2].known.expand(outputs)
             value = value + facts[2].value().expand(outputs)
-        shape = (-1, outputs) + (1,) * len(space)
         return Fact.of_value(value.reshape(shape), known.reshape(shape))
 
     @staticmethod

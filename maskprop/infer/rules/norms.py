@@ -59,9 +59,11 @@ class BatchNorm(Rule):
         known = seen if weight is None or weight.plain else seen | weight.zero
         if not bool(known.any()):
             return Fact.unknown(ndim), *unknowns(op)[1:]
+        scaled = seen if known is seen or weight is None else seen & ~weight.zero
+        if not bool((scaled if bias is None else scaled | known & ~bias.zero).any()):
+            return Fact.zeros(_on_channels(known, ndim)), *unknowns(op)[1:]
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
-        scaled = seen if known is seen or weight is None else seen & ~weight.zero
         if bool(scaled.any()) and mean is not None and var is not None and not self._on_batch(op):
             value = (channel_value(x) - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
             value = value if weight is None else value * weight.value()
