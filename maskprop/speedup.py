@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from maskprop.align.align import Alignment, align
+from maskprop.align.constants import constants_read
 from maskprop.align.plan import Plan
 from maskprop.errors import (
     MaskpropError,
@@ -27,14 +28,16 @@ from maskprop.explain import Explainer
 from maskprop.garbage import GARBAGE
 from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
-from maskprop.graph.trace import Inputs, Tracer, split_inputs, trace
+from maskprop.graph.resize import at_other_sizes
+from maskprop.graph.trace import Inputs, Tracer, quiet, split_inputs, trace
+from maskprop.infer.sizes import lasting
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.modules import modules_by_path, named_tensors
 from maskprop.reasons import Explanation
 from maskprop.report import Report
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
-from maskprop.rewrite.dead import find_dead
+from maskprop.rewrite.dead import DeadLayer, constants_held, find_dead
 from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
@@ -199,8 +202,10 @@ class ModelSpeedup:
         inference = self._inferred()
         with self._stage("align"):
             spared = self._customs.matching(self.model)  # what users replace themselves they see as it is
-            dead = find_dead(self.model, self.graph, inference, self.inputs, spared)
-            alignment = align(inference, self.constants, self.channel_multiple)
+            dead, alignment = self._align(spared)
+            used = constants_read(alignment.coupling) | constants_held(dead, inference)
+            if not lasting(inference, used, self._at_other_sizes()):
+                dead, alignment = self._align(spared)
         verification = self._verification()
         before = Snapshot(self.model)
         self._edits = edits = Edits(self.model)
@@ -283,6 +288,31 @@ class ModelSpeedup:
 
     def _trace(self, inputs: Inputs) -> Graph:
         return trace(self.model, inputs, self.tracer, self.masks.parameters)
+
+    def _align(self, spared: Collection[str]) -> tuple[list[DeadLayer], Alignment]:
+        """The layers that leave as a whole, and the plan for the rest."""
+        dead = find_dead(self.model, self.graph, self.inference, self.inputs, spared)
+        return dead, align(self.inference, self.constants, self.channel_multiple)
+
+    def _at_other_sizes(self) -> Iterator[Inference]:
+        """The model at other sizes than the dummy input's: for each pass, what is known there."""
+        for graph in at_other_sizes(self.inputs, self._try_trace):
+            other = Inference(graph, self.inference.masks, self.inference_mode, self.confidence, self.generator)
+            other.forward()
+            yield other
+
+    def _try_trace(self, inputs: Inputs) -> Graph | None:
+        """A pass on other inputs, on such tensors as the first one; ``None`` where the model refuses them."""
+        tracer = self.tracer if callable(self.tracer) or not self.graph.concrete else "concrete"
+        try:
+            with quiet():
+                graph = trace(self.model, inputs, "fake" if tracer == "auto" else tracer, self.masks.parameters)
+            graph.read = self.read
+            insert_activation_masks(graph, self.model, self.masks.activations)
+        except MaskpropError as error:
+            log.info("the model does not run at other sizes: %s", error)
+            return None
+        return graph
 
     def _customize(self, alignment: Alignment) -> tuple[Plan, list[str]]:
         assert self._edits is not None

@@ -64,6 +64,22 @@ def _is_convolution(op: Op) -> bool:
     return op.target._schema.name == "aten::convolution"
 
 
+def constants_read(c: Coupling) -> dict[fx.Node, Tensor]:
+    """Which elements of values count as constants that may land in what reads them."""
+    found: dict[fx.Node, Tensor] = {}
+    for k in c.contractions:
+        units = k.nonzero & (k.constant.reshape(len(k.constant), -1) != 0).any(1)
+        if not bool(units.any()):
+            continue
+        for op in map(Op, calls_alike(k.op.node)):
+            source, axis = (op.inputs[0], 1) if _is_convolution(op) else (op.inputs[-2], -1)
+            fact: Fact = c.facts[source]
+            read = units.reshape([-1 if d == axis % fact.known.ndim else 1 for d in range(fact.known.ndim)])
+            read = read & fact.known & ~fact.zero
+            found[source] = found[source] | read if source in found else read
+    return found
+
+
 def weight_of(k: Contraction) -> tuple[str, bool] | None:
     """The parameter that a contraction multiplies by, and whether its axes are turned, if only such calls read it."""
     node = k.op.inputs[1] if _is_convolution(k.op) else k.op.inputs[-1]

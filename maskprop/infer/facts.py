@@ -91,6 +91,10 @@ class Fact:
         """The fact of a moved value; ``move`` takes any tensor that is broadcastable over the value."""
         return Fact(move(self.known), move(self.zero), lambda: move(self.value()), self.plain, again=self.again)
 
+    def without(self, where: Tensor) -> Fact:
+        """The same fact with less known."""
+        return Fact(self.known & ~where, self.zero & ~where, self._value, False, self.row_axis, self.again)
+
     def with_rows(self, axis: int | None) -> Fact:
         """The same fact, with an axis along which the elements sum to one."""
         return self if axis is None else Fact(self.known, self.zero, self._value, self.plain, axis, self.again)

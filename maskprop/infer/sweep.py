@@ -57,6 +57,7 @@ class Inference:
 
     Attributes:
         left: nodes of layers that leave as a whole: what stands in for a result, ``None`` for what is gone.
+        unlike: elements of values that count as unknown, whatever the rules say.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Inference:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.facts = Facts()
         self.left: dict[fx.Node, StandIn | None] = {}
+        self.unlike: Mapping[fx.Node, Tensor] = {}
         self.ops: dict[fx.Node, Op] = {}
         self._rules: dict[fx.Node, Rule] = {}
 
@@ -96,6 +98,12 @@ class Inference:
             if self.graph.may_be_read(node) and isinstance(node.meta["tensor"], TensorMeta):
                 self._need(node, _all(node))
             self.update_indirect(node)
+
+    def forget(self, unlike: Mapping[fx.Node, Tensor]) -> None:
+        """Run both sweeps again without what is known of some elements of values."""
+        self.unlike = unlike
+        self.left.clear()
+        self.run()
 
     def op(self, node: fx.Node) -> Op:
         """The call as the rules see it."""
@@ -146,6 +154,8 @@ class Inference:
         elif node.op == "call_function":
             op = self.op(node)
             known[node] = self.rule(node).known(op, [known[n] for n in op.inputs])
+        if node in self.unlike:
+            known[node] = known[node].without(self.unlike[node])
 
     def update_indirect(self, node: fx.Node) -> None:
         """Send one node's neededness to its inputs."""

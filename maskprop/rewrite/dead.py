@@ -123,6 +123,12 @@ def find_dead(
     return []
 
 
+def constants_held(dead: Sequence[DeadLayer], inference: Inference) -> dict[fx.Node, Tensor]:
+    """Which elements of values are the constants that dead layers put out."""
+    facts = {n: inference.facts.known[n] for layer in dead if layer.value is not None for n in layer.results}
+    return {n: fact.known & ~fact.zero for n, fact in facts.items()}
+
+
 def forget_dead(inference: Inference) -> None:
     """Take back what :func:`find_dead` told the inference."""
     inference.left.clear()

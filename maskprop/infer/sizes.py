@@ -1,0 +1,216 @@
+"""Constants that are made of the sizes of an input, and so are others for another input.
+
+``x * x.shape[1]`` shows in a trace as ``x * 6``. Where what masks leave may have met such a number, the model is
+traced once more at other sizes, and what is known there too, and is the same, is a constant indeed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from maskprop.graph.graph import is_op
+from maskprop.graph.trace import of_torch
+from maskprop.infer.facts import Fact, all_over, broadcast_shape
+from maskprop.infer.rules.movement import Movement, Parts
+from maskprop.infer.sweep import Inference
+
+log = logging.getLogger(__name__)
+
+# Numbers that no one makes of a size: what keeps a division finite, say, or how far an image is stretched.
+_LITERALS = {"eps", "momentum", "p", "scale_factors", "scales", "scales_h", "scales_w", "scales_d"}
+
+
+def lasting(inference: Inference, used: Mapping[fx.Node, Tensor], others: Iterable[Inference]) -> bool:
+    """Forget those facts that hold at one size only, if any element that is used may be made of such.
+
+    Args:
+        inference: after its sweeps, which run again if anything is forgotten.
+        used: which elements of values the plan takes for constants.
+        others: the same model's after the forward sweep, on inputs of other sizes; asked for only where something is
+            in doubt.
+
+    Returns:
+        Whether all facts stay.
+    """
+    if not any(_in_doubt(node, inference) for node in inference.graph.fx.nodes):
+        return True
+    sources = made_of(inference, used)
+    doubts = {node for node in sources if _in_doubt(node, inference, sources)}
+    if not doubts:
+        return True
+    log.info("tracing at other sizes, for %s", ", ".join(node.name for node in doubts))
+    unlike: dict[fx.Node, Tensor] = {}
+    for other in others:
+        for node, differs in _compare(inference, other, doubts):
+            unlike[node] = unlike[node] | differs if node in unlike else differs
+    if unlike:
+        inference.forget(unlike)
+    return not unlike
+
+
+def made_of(inference: Inference, used: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Any]:
+    """Which known elements, not zero, some known elements are made of, themselves among them."""
+    known, found = inference.facts.known, dict[fx.Node, Any](used)
+    for node in reversed(inference.graph.fx.nodes):
+        if node not in found or node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            several, index = node.args
+            assert isinstance(several, fx.Node)
+            parts = found.setdefault(several, [torch.zeros_like(fact.known) for fact in known[several]])
+            parts[index] = parts[index] | found[node]
+            continue
+        op = inference.op(node)
+        parts = found[node] if op.several else [found[node]]
+        facts = [known[n] for n in op.inputs]
+        for source, fact, part in zip(op.inputs, facts, inference.rule(node).needed(op, facts, parts), strict=True):
+            part = part & fact.known & ~fact.zero
+            if bool(part.any()):
+                found[source] = found[source] | part if source in found else part
+    return found
+
+
+def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any] | None = None) -> bool:
+    """Whether a value may hold a number that was made of a size: by an op's arguments, or since the op is repeated.
+
+    ``sources``: what counts; only its elements are repeated on.
+    """
+    if not is_op(node):
+        return "lifted" in node.meta
+    op = inference.op(node)
+    if isinstance(inference.rule(node), (Movement, Parts)):
+        return False
+    if not op.inputs:
+        fact = inference.facts.known[node]
+        return not isinstance(fact, Fact) or not bool(fact.zero.all())
+    if _numbers(node) and not of_torch(node.meta["module"]):
+        return True
+    return any(_repeats(node, n) for n in op.inputs if sources is None or n in sources)
+
+
+def _repeats(node: fx.Node, source: fx.Node) -> bool:
+    """Whether another call of the same op reads the same value in the same module, as in a loop over time."""
+    return len(source.users) > 1 and any(
+        user is not node and user.target is node.target and user.meta.get("path") == node.meta["path"]
+        for user in source.users
+    )
+
+
+def _numbers(node: fx.Node) -> bool:
+    """Whether numbers are among an op's arguments that its result is computed from."""
+    assert isinstance(node.target, OpOverload)
+    return any(
+        type(node.args[i] if i < len(node.args) else node.kwargs.get(name)) in (int, float, complex)
+        for i, name in _values(node.target)
+    )
+
+
+@functools.cache
+def _values(target: OpOverload) -> list[tuple[int, str]]:
+    """Arguments that numbers are computed with: those of type ``int`` are axes, sizes and positions."""
+    return [
+        (i, a.name)
+        for i, a in enumerate(target._schema.arguments)
+        if a.name == "divisor_override"
+        or (a.name not in _LITERALS and any(kind in str(a.type) for kind in ("number", "float", "Tensor")))
+    ]
+
+
+def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
+    """What is known of values in one pass, and is not or is something else in the other.
+
+    What it cannot be compared with, because ``forward`` goes other ways there, is not a constant if it is in doubt.
+    """
+    pairs = dict(_pairs(a, b))
+    for node, other in pairs.items():
+        mine, yours = [*a.op(node).inputs, *_results(node)], [*b.op(other).inputs, *_results(other)]
+        for one, two in zip(mine, yours, strict=False):
+            if one.op == two.op == "call_function":
+                differs = _unlike(a.facts.known[one], b.facts.known[two])
+                if bool(differs.any()):
+                    yield one, differs
+    for node in filter(is_op, doubts - pairs.keys()):
+        for result in _results(node):
+            fact = a.facts.known[result]
+            yield result, fact.known & ~fact.zero
+
+
+def _pairs(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Calls that do the same in two passes: in each module's, from the first on and from the last back."""
+    theirs = _by_module(b)
+    for path, mine in _by_module(a).items():
+        yours = theirs.get(path, [])
+        count = _alike(mine, yours)
+        yield from zip(mine[:count], yours[:count], strict=True)
+        mine, yours = mine[count:][::-1], yours[count:][::-1]
+        count = _alike(mine, yours)
+        yield from zip(mine[:count], yours[:count], strict=True)
+
+
+def _alike(a: list[fx.Node], b: list[fx.Node]) -> int:
+    """How many first calls are of the same ops."""
+    return len(list(itertools.takewhile(lambda both: both[0].target is both[1].target, zip(a, b, strict=False))))
+
+
+def _by_module(inference: Inference) -> dict[str, list[fx.Node]]:
+    """Calls but for those that only move values: which of them there are depends on sizes."""
+    found: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in inference.graph.fx.nodes:
+        if is_op(node) and not isinstance(inference.rule(node), (Movement, Parts)):
+            found[node.meta["path"]].append(node)
+    return found
+
+
+def _results(node: fx.Node) -> list[fx.Node]:
+    """The nodes that hold an op's results."""
+    if not isinstance(node.meta["tensor"], tuple):
+        return [node]
+    parts = [user for user in node.users if user.target is operator.getitem]
+    return sorted(parts, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+
+
+def _unlike(a: Fact, b: Fact) -> Tensor:
+    """Where the first fact knows something that the second does not.
+
+    Along an axis that is longer in one of them, a value is as far from either end: padded borders look alike.
+    """
+    if a.plain or a.nothing:
+        return a.known & False
+    if a.known.ndim != b.known.ndim:
+        return a.known & ~a.zero
+    shape = broadcast_shape(a.known.shape, a.value().shape)
+    longer = [d for d, (n, m) in enumerate(zip(shape, broadcast_shape(b.known.shape, b.value().shape), strict=True))
+              if n != m and n > 1 and m > 1]  # fmt: skip
+    alike = torch.zeros(shape, dtype=torch.bool)
+    for ends in itertools.product((False, True), repeat=len(longer)):
+        known, zero, value = b.known, b.zero, b.value()
+        for d, end in zip(longer, ends, strict=True):
+            known, zero, value = (_anchored(t, d, shape[d], end) for t in (known, zero, value))
+        same = (a.zero & zero) | (known & _close(a.value(), value))
+        alike = alike | all_over(same, [d for d, n in enumerate(shape) if n == 1]).expand(shape)
+    return a.known & ~alike
+
+
+def _anchored(t: Tensor, axis: int, length: int, end: bool) -> Tensor:
+    """As much of a tensor along an axis, from one end on."""
+    if t.shape[axis] == 1:
+        return t
+    places = torch.arange(length) + (t.shape[axis] - length if end else 0)
+    return t.index_select(axis, places.clamp(0, t.shape[axis] - 1))
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
+    if not (a.is_floating_point() or a.is_complex()):
+        return a == b
+    largest = a.abs().nan_to_num(posinf=0.0).max() if a.numel() else 0.0
+    return torch.isclose(a, b.to(a.dtype), rtol=1e-9, atol=1e-12 * float(largest), equal_nan=True)
