@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from maskprop.graph.graph import is_op
+from maskprop.graph.graph import is_op, shape_of
 from maskprop.graph.trace import of_torch
-from maskprop.infer.facts import Fact, all_over, broadcast_shape
+from maskprop.infer.facts import Fact, all_over, broadcast_shape, everywhere, lead
+from maskprop.infer.rules.joining import Cat
 from maskprop.infer.rules.movement import Movement, Parts
 from maskprop.infer.sweep import Inference
 
@@ -44,7 +45,7 @@ def lasting(inference: Inference, used: Mapping[fx.Node, Tensor], others: Iterab
     """
     if not any(_in_doubt(node, inference) for node in inference.graph.fx.nodes):
         return True
-    sources = made_of(inference, used)
+    sources = made_of(inference, {**_zeros_made(inference), **used})
     doubts = {node for node in sources if _in_doubt(node, inference, sources)}
     if not doubts:
         return True
@@ -80,6 +81,26 @@ def made_of(inference: Inference, used: Mapping[fx.Node, Tensor]) -> dict[fx.Nod
     return found
 
 
+def _zeros_made(inference: Inference) -> dict[fx.Node, Tensor]:
+    """Where constants that are not zero come out as zero, as behind a relu: a zero by chance, not by the masks."""
+    known, found = inference.facts.known, {}
+    for node in inference.graph.fx.nodes:
+        if is_op(node) and torch.Tag.pointwise in node.target.tags:
+            fact = known[node]
+            if isinstance(fact, Fact) and not fact.plain and bool(fact.zero.any()):
+                made = fact.zero & ~_zero_before(node, inference)
+                if bool(made.any()):
+                    found[node] = made
+    return found
+
+
+def _zero_before(node: fx.Node, inference: Inference) -> Tensor:
+    """Where some input of a pointwise op is a known zero, broadcast against each other."""
+    ndim = len(shape_of(node))
+    zeros = [lead(inference.facts.known[n].zero, ndim) for n in inference.op(node).inputs]
+    return functools.reduce(operator.or_, zeros, everywhere(False, ndim))
+
+
 def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any] | None = None) -> bool:
     """Whether a value may hold a number that was made of a size: by an op's arguments, or since the op is repeated.
 
@@ -106,13 +127,12 @@ def _repeats(node: fx.Node, source: fx.Node) -> bool:
     )
 
 
-def _numbers(node: fx.Node) -> bool:
-    """Whether numbers are among an op's arguments that its result is computed from."""
-    assert isinstance(node.target, OpOverload)
-    return any(
-        type(node.args[i] if i < len(node.args) else node.kwargs.get(name)) in (int, float, complex)
-        for i, name in _values(node.target)
-    )
+def _numbers(node: fx.Node) -> list[float | complex]:
+    """The numbers among an op's arguments that its result is computed from."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    given = (node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in _values(node.target))
+    return [number for number in given if isinstance(number, (int, float, complex)) and not isinstance(number, bool)]
 
 
 @functools.cache
@@ -129,20 +149,50 @@ def _values(target: OpOverload) -> list[tuple[int, str]]:
 def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
     """What is known of values in one pass, and is not or is something else in the other.
 
-    What it cannot be compared with, because ``forward`` goes other ways there, is not a constant if it is in doubt.
+    Nor is known what a number was used for that is another there: it may show at a third size only, as in a clamp.
+    What cannot be compared, because ``forward`` goes other ways there, is not a constant if it is in doubt.
     """
     pairs = dict(_pairs(a, b))
-    for node, other in pairs.items():
-        mine, yours = [*a.op(node).inputs, *_results(node)], [*b.op(other).inputs, *_results(other)]
-        for one, two in zip(mine, yours, strict=False):
-            if one.op == two.op == "call_function":
-                differs = _unlike(a.facts.known[one], b.facts.known[two])
-                if bool(differs.any()):
-                    yield one, differs
-    for node in filter(is_op, doubts - pairs.keys()):
-        for result in _results(node):
-            fact = a.facts.known[result]
-            yield result, fact.known & ~fact.zero
+    sized: set[fx.Node] = set()
+    for node in a.graph.fx.nodes:
+        if node.op != "call_function":
+            continue
+        other = pairs.get(node)
+        if other is not None:
+            inputs = list(zip(a.op(node).inputs, b.op(other).inputs, strict=False))
+            sized.update(one for one, two in inputs if _lifted_apart(one, two))
+            for one, two in itertools.chain(inputs, zip(_results(node), _results(other), strict=False)):
+                if one.op == two.op == "call_function":
+                    differs = _unlike(a.facts.known[one], b.facts.known[two])
+                    if bool(differs.any()):
+                        yield one, differs
+        apart = _numbers(node) != _numbers(other) if other is not None else node in doubts
+        if not apart and sized.isdisjoint(node.all_input_nodes):
+            continue
+        fact = a.facts.known[node]
+        if isinstance(fact, Fact) and fact.plain:
+            sized.add(node)
+        elif is_op(node) and (apart or not isinstance(a.rule(node), Cat)):  # a part of it is compared by itself
+            yield from _nonzero(node, a)
+
+
+def _lifted_apart(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors that ``forward`` made of numbers are not equal."""
+    if not ("lifted" in a.meta and "lifted" in b.meta):
+        return False
+    one, two = a.meta["state"], b.meta["state"]
+    return one.shape != two.shape or (not one.is_meta and not torch.equal(one, two))
+
+
+def _nonzero(node: fx.Node, inference: Inference) -> Iterator[tuple[fx.Node, Tensor]]:
+    """What is known of an op's results but for the zeros that its inputs make."""
+    for result in _results(node):
+        fact = inference.facts.known[result]
+        zero = fact.zero
+        if torch.Tag.pointwise in node.target.tags and bool(zero.any()):  # type: ignore[union-attr]
+            zero = zero & _zero_before(node, inference)
+        if not fact.plain and bool((fact.known & ~zero).any()):
+            yield result, fact.known & ~zero
 
 
 def _pairs(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -90,10 +90,12 @@ class MatMul(Rule):
         o, a, b = self._factors(op, facts)
         own = partial(self._sums_own, op, o)
         large = math.prod(op.shape) > EAGER_LIMIT
-        if all(f.plain for f in facts) or (large and all(f.total for f in facts)):
+        if all(f.plain for f in facts) or (large and all(f.total for f in facts) and own()):
             result = evaluate(op, facts)
             assert isinstance(result, Fact)
             return result
+        if large and all(f.total for f in facts):
+            return Fact.unknown(len(op.shape))
         product = _product(a, b, op.shapes[o.a][-1], own).map(o.lower)
         if o.bias is None:
             return product

@@ -19,6 +19,7 @@ from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
+from maskprop.infer.rules.extent import own_axes
 from maskprop.infer.rules.registry import EAGER_LIMIT, Rule, evaluate, register, unknowns
 
 aten = torch.ops.aten
@@ -261,8 +262,8 @@ class Softmax(Rule):
         safe = op.target is aten._safe_softmax.default
         sums = op.target is not aten._log_softmax.default and (not safe or _rows_are_open(op))
         known = squash(all_over(facts[0].known, [axis]))
-        uniform = facts[0].value().shape[axis] == 1 < op.shape[axis]  # each has a share that depends on the length
-        if bool(known.any()) and not uniform:
+        # each has a share that depends on the length
+        if bool(known.any()) and facts[0].value().shape[axis] == op.shape[axis] and own_axes(op.inputs[0])[axis]:
             value = op.run(spread(facts[0].value(), [axis], op.shape).contiguous())
             return Fact.of_value(as_double(value), known).with_rows(axis if sums else None)
         return Fact.unknown(len(op.shape), axis if sums else None)
