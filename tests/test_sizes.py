@@ -217,3 +217,12 @@ def test_every_size_that_may_change_does(batch: int) -> None:
     assert any(shape[0] != batch for shape in tried)
     assert any(shape[1] < 4 for shape in tried)
     assert all(shape[2] == 4 for shape in tried)
+
+
+def test_a_forward_without_a_module() -> None:
+    """As ``exec`` makes it."""
+    scope: dict[str, Any] = {}
+    exec("def forward(self, x): return self.head(self.first(x).relu() * x.shape[1])", scope)
+    scope["forward"].__module__ = None
+    model = type("Made", (Layers,), {"forward": scope["forward"]})(abs).double().eval()
+    check(model, {"first.weight": half(model)["first.weight"]}, (2, 6, 6), (3, 4, 6))

@@ -265,7 +265,7 @@ def _no_mkldnn() -> Iterator[None]:
 
 def of_torch(kind: type[nn.Module]) -> bool:
     """Whether a module's forward is torch's own."""
-    return kind.forward.__module__.startswith("torch.nn.modules.")
+    return str(getattr(kind.forward, "__module__", None)).startswith("torch.nn.modules.")  # made by exec, it has none
 
 
 _TABLES = {dict, set}

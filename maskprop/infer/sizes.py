@@ -114,7 +114,8 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
     if not op.inputs:
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
-    if _numbers(node) and not of_torch(node.meta["module"]):
+    kind = node.meta.get("module")
+    if _numbers(node) and (kind is None or not of_torch(kind)):
         return True
     return any(_repeats(node, n) for n in op.inputs if sources is None or n in sources)
 
