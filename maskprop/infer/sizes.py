@@ -108,21 +108,18 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
     """
     if not is_op(node):
         return "lifted" in node.meta
-    op = inference.op(node)
-    if isinstance(inference.rule(node), (Movement, Parts)):
-        return False
-    if not op.inputs:
+    inputs, kind = node.all_input_nodes, node.meta.get("module")
+    if not inputs:
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
-    kind = node.meta.get("module")
-    if _numbers(node) and (kind is None or not of_torch(kind)):
-        return True
-    return any(_repeats(node, n) for n in op.inputs if sources is None or n in sources)
+    number = (kind is None or not of_torch(kind)) and bool(_numbers(node))
+    repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
+    return (number or any(repeated)) and not isinstance(inference.rule(node), (Movement, Parts))
 
 
 def _repeats(node: fx.Node, source: fx.Node) -> bool:
     """Whether another call of the same op reads the same value in the same module, as in a loop over time."""
-    return len(source.users) > 1 and any(
+    return any(
         user is not node and user.target is node.target and user.meta.get("path") == node.meta["path"]
         for user in source.users
     )
