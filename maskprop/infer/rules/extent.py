@@ -30,29 +30,31 @@ _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm
 
 
 def own_axes(node: fx.Node) -> Own:
-    """For each axis of a recorded value, whether its size is surely the model's own, whatever the inputs are."""
-    found: dict[fx.Node, Own | list[Own]] = {}
-    wanted, stack = {node}, [node]
+    """For each axis of a recorded value, whether its size is surely the model's own, whatever the inputs are.
+
+    The answer is kept in ``meta["own"]`` of the value and of all that it is made of.
+    """
+    stack = [node]
     while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in wanted:
-                wanted.add(source)
-                stack.append(source)
-    for one in node.graph.nodes:
-        if one in wanted:
-            found[one] = _own(one, found)
-    own = found[node]
+        one = stack[-1]
+        before = [source for source in one.all_input_nodes if "own" not in source.meta]
+        stack += before
+        if not before:
+            stack.pop()
+            if "own" not in one.meta:
+                one.meta["own"] = _own(one)
+    own = node.meta["own"]
     return own if isinstance(own, tuple) else ()
 
 
-def _own(node: fx.Node, found: dict[fx.Node, Own | list[Own]]) -> Own | list[Own]:
+def _own(node: fx.Node) -> Own | list[Own]:
     if node.op != "call_function":
         return (node.op == "get_attr",) * len(shape_of(node))
     if node.target is operator.getitem:
         several, index = node.args
-        return found[several][index]  # type: ignore[index, return-value]
+        return several.meta["own"][index]  # type: ignore[no-any-return, union-attr]
     op = Op(node)
-    inputs = [own for own in map(found.__getitem__, op.inputs) if isinstance(own, tuple)]
+    inputs = [own for n in op.inputs if isinstance(own := n.meta["own"], tuple)]
     if len(inputs) < len(op.inputs):  # several results, read as one list
         return [_unknown(m) for m in op.results] if op.several else _unknown(op.results[0])
     made = [
