@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -228,6 +229,7 @@ def plain_kernels() -> Iterator[None]:
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             _no_mkldnn(),
             torch.backends.cudnn.flags(enabled=False),
+            _groups_repeated(),
         ):
             yield
     finally:
@@ -240,6 +242,32 @@ _choose_batch_norm = torch.batch_norm
 
 def _batch_norm(x: Tensor, *args: Any) -> Tensor:
     return torch.native_batch_norm(x, *args[:-1])[0] if x.numel() else _choose_batch_norm(x, *args)
+
+
+@contextmanager
+def _groups_repeated() -> Iterator[None]:
+    """Torch's attention repeats the keys and values of grouped queries before it does anything else."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
+    ) -> Any:
+        if enable_gqa:
+            key, value = (_repeated(t, query.shape[-3] // t.shape[-3]) for t in (key, value))
+        return plain(query, key, value, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def _repeated(heads: Tensor, times: int) -> Tensor:
+    """Each head several times."""
+    return (
+        heads if times == 1 else heads.unsqueeze(-3).expand(*heads.shape[:-2], times, *heads.shape[-2:]).flatten(-4, -3)
+    )
 
 
 @contextmanager

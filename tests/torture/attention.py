@@ -542,3 +542,27 @@ class StateOfZeros(Projections):
         state = torch.zeros(n, 3, self.dim, self.dim, device=x.device, dtype=x.dtype)
         state = state + k.transpose(2, 3) @ v
         return self.o((q @ state).transpose(1, 2).flatten(2))
+
+
+@case(vectors(5, 12), {"o.weight": (ALL, [0, 4, 8, 12])}, {"v.weight": (6, 12), "v.bias": (6,), "o.weight": (12, 12)})
+class GroupsByShape(nn.Module):
+    """Whether the kernel or the author repeats keys and values is chosen by their sizes, where no name tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(16, 12)
+        self.dim = 4
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = k.shape[-1] == v.shape[-1]
+        if not grouped:
+            k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(len(t), 4, -1, t.shape[-1]) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=grouped)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, -1, self.dim).transpose(1, 2)
+        k = self.k(x).view(n, t, -1, self.dim).transpose(1, 2)
+        v = self.v(x).view(n, t, -1, self.dim).transpose(1, 2)
+        attend = self.attend
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))
