@@ -236,7 +236,7 @@ def _parts(expression: Any, patch: Any) -> list[ast.AST]:
         return [part for part in operands if isinstance(part, ast.Constant)] or [expression]
     if patch.kind not in ("sizes", "argument", "parts") or isinstance(patch.at, str):
         return [expression]
-    sizes = expression.args[patch.at :]
+    sizes = expression.comparators if isinstance(expression, ast.Compare) else expression.args[patch.at :]
     if isinstance(sizes[0], ast.Tuple | ast.List):
         sizes = sizes[0].elts
     if patch.kind in ("argument", "parts"):

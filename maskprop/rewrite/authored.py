@@ -15,7 +15,7 @@ import inspect
 import linecache
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -55,10 +55,11 @@ class Patch:
 
     Attributes:
         place: where.
-        kind: ``"sizes"`` (a call's sizes are scaled), ``"argument"`` (one argument of a call is replaced),
-            ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a tensor in
-            an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted here) or
-            ``"root"`` (a root of a size stays that of another size) or ``"kept"`` (some units of an operand are taken).
+        kind: ``"sizes"`` (the sizes of a call or a comparison are scaled), ``"argument"`` (one argument of a call is
+            replaced), ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a
+            tensor in an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted
+            here), ``"root"`` (a root of a size stays that of another size) or ``"kept"`` (some units of an operand are
+            taken).
         at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting;
             kept: which operand, or the name of an argument.
         value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; kept:
@@ -267,6 +268,25 @@ def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
     return find(definition_of(resolve(cls, place.function)), place.span)
 
 
+def check_at(cls: type, place: Place) -> tuple[Place, ast.Compare] | None:
+    """The comparison of sizes by which an author comes to raise what is made at a place, if that is how it is."""
+    definition = definition_of(resolve(cls, place.function))
+    made = find(definition, place.span)
+    for node in ast.walk(definition):
+        if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise) and node.body[0].exc is made:
+            test = node.test
+            if not isinstance(test, ast.Compare) or not isinstance(test.comparators[0], ast.Tuple):
+                return None
+            sized = ast.unparse(test.left).endswith((".size()", ".shape"))
+            return (replace(place, span=_span(test, definition)), test) if sized else None
+    return None
+
+
+def _span(node: ast.expr, definition: ast.FunctionDef) -> Span:
+    line = definition.lineno
+    return node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
+
+
 def places_of_setting(cls: type, name: str) -> list[Place]:
     """Where a forward, and the methods that it calls, read a setting, such as ``config.heads``, of ``self``."""
     last = name.rpartition(".")[2]
@@ -315,8 +335,7 @@ def _expressions(cls: type) -> Sequence[tuple[Place, ast.expr]]:
         digest = digest_of(cls, names)
         for node in ast.walk(definition):
             if isinstance(node, (ast.Attribute, ast.Call, ast.BinOp)):
-                line = definition.lineno
-                span = node.lineno - line, node.col_offset, (node.end_lineno or 0) - line, node.end_col_offset or 0
+                span = _span(node, definition)
                 yield Place(names, sites, span, digest), node
                 if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.") and len(names) < 4:
                     yield from search((*names, ast.unparse(node.func)), (*sites, span))
@@ -333,7 +352,7 @@ def find(definition: ast.FunctionDef, span: Span) -> ast.expr | ast.stmt:
     first, start, last, end = span
     exact: list[ast.expr | ast.stmt] = []
     for node in ast.walk(definition):
-        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute)):
+        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute, ast.Compare)):
             continue
         if (node.end_lineno or 0) - definition.lineno != last or node.end_col_offset != end:
             continue

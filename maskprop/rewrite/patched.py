@@ -219,6 +219,8 @@ class _Rewrite(ast.NodeTransformer):
             self._set_argument(node)
         elif isinstance(node, ast.Call) and patch.kind == "parts":
             self._set_parts(node)
+        elif isinstance(node, ast.Compare):
+            node.comparators = self._scaled(node.comparators)
         elif isinstance(node, ast.Call) and isinstance(patch.at, int):
             end = patch.at + 1 if ast.unparse(node.func).rpartition(".")[2] in FILLED else len(node.args)
             node.args[patch.at : end] = self._scaled(node.args[patch.at : end])

@@ -566,3 +566,43 @@ class GroupsByShape(nn.Module):
         v = self.v(x).view(n, t, -1, self.dim).transpose(1, 2)
         attend = self.attend
         return self.o(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+@case(
+    vectors(5, 12),
+    {
+        "q.weight": ([3, 7, 11],),
+        "q.bias": ([3, 7, 11],),
+        "k.weight": ([3, 7, 11],),
+        "k.bias": ([3, 7, 11],),
+        "o.weight": (ALL, [0, 1, 4, 5, 8, 9]),
+    },
+    {
+        "q.weight": (9, 12),
+        "q.bias": (9,),
+        "k.weight": (9, 12),
+        "k.bias": (9,),
+        "v.weight": (6, 12),
+        "v.bias": (6,),
+        "o.weight": (12, 6),
+        "table": (5, 5, 3),
+    },
+)
+class ChecksItsSizes(Projections):
+    """The author compares sizes, and raises where they are not the ones that are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.table = 4, nn.Parameter(torch.ones(5, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        q, k, v = (layer(x).view(n, t, 3, self.dim).transpose(1, 2).flatten(0, 1) for layer in (self.q, self.k, self.v))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if scores.shape != (n * 3, t, t):
+            raise ValueError("there is a score for each query and key")
+        places = q.contiguous().view(n * 3, -1, self.dim).transpose(0, 1) @ self.table.transpose(-2, -1)
+        h = torch.bmm((scores + places.transpose(0, 1).view(n * 3, t, t)).softmax(-1), v)
+        if h.size() != (n * 3, t, self.dim):
+            raise ValueError(f"heads are of size {h.size()}, not {(n, 3, t, self.dim)}")
+        return self.o(h.view(n, 3, t, self.dim).transpose(1, 2).reshape(n, t, -1))
