@@ -58,10 +58,10 @@ class Patch:
         kind: ``"sizes"`` (the sizes of a call or a comparison are scaled), ``"argument"`` (one argument of a call is
             replaced), ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a
             tensor in an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted
-            here), ``"root"`` (a root of a size stays that of another size) or ``"kept"`` (some units of an operand are
-            taken).
+            here), ``"root"`` (a root of a size stays that of another size), ``"kept"`` (some units of an operand are
+            taken) or ``"bounds"`` (of a slice in a subscript).
         at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting;
-            kept: which operand, or the name of an argument.
+            kept: which operand, or the name of an argument; bounds: which of the indices.
         value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; kept:
             ``(axis, count, units)``; else what comes in its place.
     """
@@ -260,7 +260,7 @@ def _text(function: types.FunctionType) -> str:
 
 
 def expression_at(cls: type, place: Place) -> ast.expr | ast.stmt:
-    """The call, the arithmetic or the setting that stands at a place.
+    """The call, the arithmetic, the subscript or the setting that stands at a place.
 
     Raises:
         NoSource: neither stands there.
@@ -352,7 +352,7 @@ def find(definition: ast.FunctionDef, span: Span) -> ast.expr | ast.stmt:
     first, start, last, end = span
     exact: list[ast.expr | ast.stmt] = []
     for node in ast.walk(definition):
-        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute, ast.Compare)):
+        if not isinstance(node, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute, ast.Compare, ast.Subscript)):
             continue
         if (node.end_lineno or 0) - definition.lineno != last or node.end_col_offset != end:
             continue

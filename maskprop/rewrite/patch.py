@@ -12,6 +12,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from maskprop.graph.structure import tensors_in
 from maskprop.graph.trace import frozen_state, plain_kernels, quiet
+from maskprop.infer.op import Op
 from maskprop.rewrite.arguments import number_arguments
 from maskprop.rewrite.authored import (
     NoSource,
@@ -35,10 +37,12 @@ from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.frames import Frame, Frames, PlaceRecorder, has_author
 from maskprop.rewrite.generate import attention_scale
-from maskprop.rewrite.patched import FILLED, patched_class
+from maskprop.rewrite.patched import FILLED, patched_class, slices_of
 from maskprop.rewrite.replay import Mismatch, Replay
 
 log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
 
 # How many expressions of one forward may be changed.
 MAX_PATCHES = 16
@@ -46,6 +50,8 @@ MAX_PATCHES = 16
 MAX_NUMBERS = 256
 # Calls that make a tensor of the numbers in their first argument.
 _MAKE_CONSTANTS = ("tensor", "as_tensor", "FloatTensor", "LongTensor")
+# Bounds and step of a slice that says nothing.
+_ALL = (0, sys.maxsize, 1)
 # Names of calls that take sizes, and how many arguments stand before those: of a method, of a function.
 _SIZED = {
     "view": (0, None), "reshape": (0, 1), "expand": (0, None), "broadcast_to": (0, 1), "unflatten": (1, 2),
@@ -213,6 +219,8 @@ class _Patcher:
             return self._split(place, expression, want, shapes)
         if name == "arange" and isinstance(expression, ast.Call) and len(expression.args) == 1 and shapes[0]:
             return Patch(place, "argument", 0, shapes[0][0])
+        if isinstance(expression, ast.Subscript) and mismatch.got is not None:
+            return self._bounds(place, expression, want, mismatch.got, frames[0])
         scalars = self.replay.numbers(want)
         if len(scalars) == 1 and mismatch.got is not None and want.target is mismatch.got.target:
             names = [name for _, name, _ in number_arguments(want.target)]
@@ -281,6 +289,29 @@ class _Patcher:
         sizes = tuple(s[axes[0]] for s in planned)
         before = 1 if self._is_function(place, expression) else 0
         return Patch(place, "parts", before, sizes)
+
+    def _bounds(self, place: Place, expression: ast.Subscript, want: fx.Node, got: fx.Node, frame: Frame) -> Patch:
+        """The planned bounds of a slice; those that count from the end, or say nothing, go on doing so."""
+        whole = got.target is aten.alias.default  # so torch calls a slice that takes all there is
+        if want.target is not aten.slice.Tensor or not (whole or got.target is want.target):
+            raise NoSource(f"'{ast.unparse(expression)}' is no slice")
+
+        def bounds(one: ast.Slice) -> tuple[int, ...]:
+            written = zip((one.lower, one.upper, one.step), _ALL, strict=True)
+            return tuple(default if part is None else frame.evaluate([part])[0] for part, default in written)
+
+        slices = {at: bounds(one) for at, one in slices_of(expression).items()}
+        given = tuple(Op(got).arg(name) for name in ("start", "end", "step"))
+        found = [at for at, one in slices.items() if (one != _ALL if whole else one == given)]
+        start, (shape,), source = self.replay.start(want), self.replay.shapes[want], self.replay.input_shape(want)
+        if len(found) != 1 or start is None or shape is None or source is None or slices[found[0]][2] != 1:
+            raise NoSource(f"'{ast.unparse(expression)}' does not tell which of its slices is at fault")
+        axis = Op(want).arg("dim")
+        size, stop = source[axis], start + shape[axis]
+        first, last, _ = slices[found[0]]
+        lower = start - size if first < 0 else start
+        upper = (stop - size or None) if last < 0 else stop if last < sys.maxsize else None
+        return Patch(place, "bounds", found[0], (lower, upper))
 
     @staticmethod
     def _constant(place: Place, expression: ast.expr | ast.stmt, wanted: Tensor) -> Patch:

@@ -215,6 +215,8 @@ class _Rewrite(ast.NodeTransformer):
             self._set_root(node)
         elif patch.kind == "kept":
             self._set_operand(node)
+        elif patch.kind == "bounds":
+            self._set_bounds(node)
         elif isinstance(node, ast.Call) and patch.kind == "argument":
             self._set_argument(node)
         elif isinstance(node, ast.Call) and patch.kind == "parts":
@@ -274,6 +276,12 @@ class _Rewrite(ast.NodeTransformer):
         elif isinstance(node, ast.Call):
             node.args[0] = ast.Call(ast.Name("maskprop_dense_size", ast.Load()), [sizes, node.args[0]], [])
 
+    def _set_bounds(self, node: ast.AST) -> None:
+        indices = slices_of(node)
+        if self.patch.at not in indices:
+            raise NoSource("no slice stands there")
+        indices[self.patch.at].lower, indices[self.patch.at].upper = map(_constant, self.patch.value)
+
     def _set_parts(self, call: ast.Call) -> None:
         """``chunk(3, dim)`` or ``split(4, dim)`` becomes ``split((4, 4, 2), dim)``."""
         assert isinstance(self.patch.at, int)
@@ -288,6 +296,13 @@ class _Rewrite(ast.NodeTransformer):
         if isinstance(value, ast.Constant):
             return number if _is_number(value.value) else value
         return ast.Call(ast.Name("maskprop_instead", ast.Load()), [number, value], [])
+
+
+def slices_of(node: ast.AST) -> dict[int | str, ast.Slice]:
+    """The slices among the indices of a subscript, by position."""
+    index = node.slice if isinstance(node, ast.Subscript) else None
+    indices = index.elts if isinstance(index, ast.Tuple) else [index]
+    return {i: one for i, one in enumerate(indices) if isinstance(one, ast.Slice)}
 
 
 def _constant(value: Any) -> ast.expr:

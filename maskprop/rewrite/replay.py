@@ -113,7 +113,7 @@ class Replay:
         """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
         if strict not in self._dense:
             kept = [n for n in self.ops if not self._skipped(n)]
-            self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self._input_shape(n), strict)]
+            self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self.input_shape(n), strict)]
         if among is None:
             return self._dense[strict]
         chosen = set(among)
@@ -224,25 +224,30 @@ class Replay:
         dense = self.dense(strict, expected)
         compact = _without_unread(dense, self.significant(made, strict))
         mates: dict[fx.Node, fx.Node] = {}
+        before: fx.Node | None = None
         for want, got in zip(dense, compact, strict=False):
             found = self.differs(want, got, strict) or _other_input(want, got, mates)
             mates[want] = got
             if found is not None and (own in (None, want.meta["path"]) or not isinstance(found[0], (int, float))):
                 wanted, actual = found
+                got = _idle_slice(want, before, made) or got
                 return Mismatch(self._place[want], str(want.meta["path"]), want, wanted, actual, got=got)
+            before = got
         n = min(len(dense), len(compact))
         at = dense[n] if n < len(dense) else None
         if error is not None and n:  # which may be raised by a reshape that is not compared
             at = next((op for op in self.dense(True, expected) if self._place[op] > self._place[dense[n - 1]]), at)
         index = len(self.ops) if at is None else self._place[at]
         if error is not None:
+            skipped = None if at is None else _idle_slice(at, before, made)
             return Mismatch(
                 index,
-                path,
+                path if skipped is None else str(skipped.meta["path"]),
                 at,
                 None if at is None else self.shapes[at],
                 "an exception",
                 f"{type(error).__name__}: {error}",
+                skipped,
             )
         if len(dense) != len(compact):
             where = str((at if at is not None else compact[n]).meta["path"])
@@ -258,7 +263,8 @@ class Replay:
             return None
         return Mismatch(len(self.ops), path, self.ops_of(path)[0], "a bias", "a forward that reads none")
 
-    def _input_shape(self, node: fx.Node) -> tuple[int, ...] | None:
+    def input_shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The compact shape of what an op reads first, if it is one tensor."""
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or not isinstance(source.meta["tensor"], TensorMeta):
             return None
@@ -329,13 +335,19 @@ class Replay:
         """Whether two permutations bring the axes that are not of size 1 in the same order."""
         if want.target is not aten.permute.default:
             return False
-        return order_of(want, self._input_shape(want) or ()) == order_of(got, in_shape(got) or ())
+        return order_of(want, self.input_shape(want) or ()) == order_of(got, in_shape(got) or ())
 
     def _expected_start(self, node: fx.Node) -> int | None:
         """Where a part starts: units before it may have left, which its size does not show."""
         (source,), shape = node.all_input_nodes, in_shape(node)
         start = start_of(node, shape)
+        if node.target is aten.slice.Tensor and Op(node).arg("step", 1) != 1:
+            return start  # within the first run, of which all units stay
         return start and self.alignment.expected_bound(source, Op(node).arg("dim") % len(shape or ()), start)
+
+    def start(self, node: fx.Node) -> int | None:
+        """Where a part should start."""
+        return self._starts.get(node)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The compact shape of a value that is read."""
@@ -380,6 +392,17 @@ class Replay:
         if found is None or found.is_meta:  # on the meta device shapes have to do
             return None
         return self.alignment.kept_part(node, found)
+
+
+def _idle_slice(want: fx.Node, before: fx.Node | None, made: Sequence[fx.Node]) -> fx.Node | None:
+    """Where a slice is wanted, the compact one that takes all there is: that is not compared."""
+    if want.target is not aten.slice.Tensor:
+        return None
+    first = 0 if before is None else made.index(before) + 1
+    found = next((op for op in made[first:] if op.meta["path"] == want.meta["path"]), None)
+    if found is None or found.target not in (want.target, aten.alias.default) or "implied" in found.meta:
+        return None
+    return found if shapes_of(found)[0] == in_shape(found) else None
 
 
 def _without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> list[fx.Node]:

@@ -140,8 +140,14 @@ class FlattenSpace(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(F.relu(self.a(x)), 2), 1))
 
 
-@case(vectors(5, 12), {"a.weight": ([0, 2, 4],), "a.bias": ([0, 2, 4],)}, {})
+@case(
+    vectors(5, 12),
+    {"a.weight": ([0, 2, 4],), "a.bias": ([0, 2, 4],)},
+    {"a.weight": (2, 12), "a.bias": (2,), "b.weight": (3, 1)},
+)
 class Strided(nn.Module):
+    """With each unit goes the one behind it, which nothing reads."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Linear(12, 8)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torture import CASES, Case, case, vectors
@@ -264,3 +265,85 @@ class ComplexConstant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.o((torch.complex(self.re(x), self.im(x)) @ self.turn).abs())
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
+    {
+        "a.weight": (5, 6),
+        "a.bias": (5,),
+        "b.weight": (4, 3),
+        "c.weight": (4, 2),
+        "d.weight": (4, 3),
+        "e.weight": (4, 1),
+    },
+)
+class SlicesAtNumbers(nn.Module):
+    """Bounds from the start, from the end, on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+        self.b, self.c, self.d, self.e = nn.Linear(5, 4), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        parts = self.b(h[:, :5]), self.c(h[:, 5:]), self.d(h[..., -4:]), self.e(h[0:, 1:3])
+        return torch.stack(parts).sum(0)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
+    {"a.weight": (5, 6), "a.bias": (5,), "b.weight": (4, 7)},
+)
+class WrittenBetweenNumbers(nn.Module):
+    """What is made, and where it is written, holds numbers; the columns where nothing is written leave as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), 12)
+        y[:, 2:10] = self.a(x)
+        y[:, :2] = x[:, :2]
+        return self.b(y)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
+    {"a.weight": (5, 6), "a.bias": (5,), "w": (4, 5)},
+)
+class PartsOfAParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(6, 8), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return F.linear(h[:, :5], self.w[:, :5]) + h[:, 5:] @ self.w[:, 5:].T
+
+
+@case(
+    vectors(5, 6),
+    {"a.weight": ([0, 1, 4, 6, 7],), "a.bias": ([0, 1, 4, 6, 7],)},
+    {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (4, 4)},
+)
+class TurnsInterleaved(nn.Module):
+    """Neighbours are rotated together: a pair of units stays or leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        angle = torch.arange(5)[:, None] * 0.3
+        even, odd = h[..., ::2], h[..., 1::2]
+        turned = torch.empty_like(h)
+        turned[..., ::2] = even * angle.cos() - odd * angle.sin()
+        turned[..., 1::2] = odd * angle.cos() + even * angle.sin()
+        return self.b(turned)

@@ -177,6 +177,8 @@ class Slice(Step):
         dim, size = self.dim, self.src[self.dim]
         if self.dst == self.src:
             return labels
+        if self._is_regular:
+            return self._couple_regular(labels, c)
         if self.pins or self.step != 1:
             c.pin(labels[dim], self.pins or f"is cut at {self.start}:{self.stop}:{self.step} of {size}")
         elif (
@@ -185,6 +187,21 @@ class Slice(Step):
             before = Slice(self.src, dim, 0, self.start)
             c.regular([moved(a, before.move) for a in labels], dim)
         return self._moved(labels, c)
+
+    def _couple_regular(self, labels: Labels, c: Coupling) -> Labels:
+        """Runs of ``step`` units stay or leave as a whole, and those that stay are in step."""
+        dim, size = self.dim, self.src[self.dim]
+        runs = (*self.src[:dim], size // self.step, self.step, *self.src[dim + 1 :])
+        apart = Reshape(self.src, runs).couple(labels, c)
+        c.pin(apart[dim + 1], f"is one of {self.step} that are read in turn")
+        one = Slice(runs, dim + 1, self.start, self.start + 1)
+        return [moved(a, lambda t: one.move(t).squeeze(dim + 1)) for i, a in enumerate(apart) if i != dim + 1]
+
+    @property
+    def _is_regular(self) -> bool:
+        """Whether it takes one unit of each run of ``step``."""
+        whole, rest = divmod(self.src[self.dim], self.step)
+        return self.step > 1 and not rest and self.start < self.step and self.dst[self.dim] == whole
 
     @property
     def _is_empty(self) -> bool:
