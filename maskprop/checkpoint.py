@@ -39,6 +39,7 @@ from maskprop.hf import (
     shapes_of,
     write_plan,
 )
+from maskprop.modules import modules_by_path, named_tensors
 from maskprop.rewrite.apply import compact_tensor
 from maskprop.rewrite.steps import apply_record, read_record
 from maskprop.rewrite.verify import compare_outputs, run_read
@@ -244,8 +245,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 def _all_names(model: nn.Module) -> dict[int, list[str]]:
     """All names of every parameter and buffer, by identity; the first is the one that plans use."""
     found: dict[int, list[str]] = {}
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
+    for name, tensor in named_tensors(modules_by_path(model, aliases=True)):
         found.setdefault(id(tensor), []).append(name)
     return found
 

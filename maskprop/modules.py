@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,19 +26,18 @@ def modules_by_path(model: nn.Module, aliases: bool = False) -> dict[str, nn.Mod
     return found
 
 
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """What was set on a module beside torch's own tables."""
-    return {name: value for name, value in vars(module).items() if name not in _TABLES}
+def own_tensors(module: nn.Module, bare: bool = False) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, none of its children's; with ``bare`` other tensors it holds, too."""
+    found = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if t is not None}
+    if bare:
+        attributes = vars(module).items()
+        found.update((name, v) for name, v in attributes if name not in _TABLES and isinstance(v, Tensor))
+    return found
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and buffers, none of its children's."""
-    return {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if t is not None}
-
-
-def named_tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of all modules, under names that begin with the modules' paths."""
+def named_tensors(modules: Mapping[str, nn.Module], bare: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The modules' own tensors, see :func:`own_tensors`, under names that begin with the modules' paths."""
     for path, module in modules.items():
         dot = path + "." if path else ""
-        for name, tensor in own_tensors(module).items():
+        for name, tensor in own_tensors(module, bare).items():
             yield dot + name, tensor

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from maskprop import __version__
 from maskprop.errors import ArchitectureError, LoadError, SaveError
 from maskprop.graph.randomness import generators_kept
+from maskprop.modules import modules_by_path, named_tensors
 from maskprop.rewrite.steps import apply_record, obstacles, read_record
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,10 @@ def _state_to_save(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[
     state: dict[str, Tensor] = {}
     strides: dict[str, list[int]] = {}
     storages: set[int] = set()
-    for name, tensor in _unique_tensors(model):
+    first: dict[int, tuple[str, Tensor]] = {}
+    for named in _names(model).items():
+        first.setdefault(id(named[1]), named)
+    for name, tensor in first.values():
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
             raise SaveError(
                 f"'{name}' is on the meta device, sparse or quantized; only dense tensors with values can "
@@ -390,20 +394,6 @@ def _replace(model: nn.Module, tensor: Tensor, value: Tensor) -> None:
     vars(made).update(notes)
 
 
-def _unique_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
-    for name, tensor in _names(model).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
-
-
 def _names(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers (persistent or not) and tensor attributes, by all of their names."""
-    found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for table in (module._parameters, module._buffers, vars(module)):
-            for key, value in table.items():
-                if isinstance(value, Tensor):
-                    found[f"{path}.{key}" if path else key] = value
-    return found
+    return dict(named_tensors(modules_by_path(model, aliases=True), bare=True))

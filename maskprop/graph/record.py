@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskprop.graph.decompose import DECOMPOSED
 from maskprop.graph.functional import Value, functional_overload
 from maskprop.graph.graph import MUTABLE_STATISTICS, Graph, ModuleCall, TensorMeta, is_op
+from maskprop.graph.numbers import number_of
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
-from maskprop.modules import modules_by_path, own_attributes, own_tensors
+from maskprop.modules import modules_by_path, named_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
 _QUERIES = {
@@ -68,7 +69,11 @@ class Recorder(TorchDispatchMode):
         self._unread: dict[int, Callable[[], fx.Node]] = {}  # results that nothing has read yet
         self._keep: list[Tensor] = []  # ids stay unique while the tensors live
         modules = modules_by_path(model, aliases=True)
-        self._names, self.graph.aliases = _names_of(modules)
+        self._names: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in named_tensors(modules, bare=True):
+            first, _ = self._names.setdefault(id(tensor), (name, tensor))
+            if name != first:
+                self.graph.aliases[name] = first
         self._masks = {self.graph.aliases.get(name, name): mask for name, mask in (masks or {}).items()}
         self._states: dict[str, fx.Node] = {}
         self._paths = {m: path for path, m in reversed(modules.items())}  # of several paths, the first
@@ -200,7 +205,7 @@ class Recorder(TorchDispatchMode):
         if schema.name == "aten::_local_scalar_dense":
             self._note_read(node_args[0])
             if not self.graph.concrete:
-                return self._evaluate(node_args[0])
+                return number_of(node_args[0], self.graph.state, self._masks)
         if schema.is_mutable:
             self._note_written(op, args)
         result = op(*args, **kwargs) if self.graph.concrete else run_on_fakes(op, args, kwargs)
@@ -372,32 +377,6 @@ class Recorder(TorchDispatchMode):
         """Python reads a value."""
         node.meta["read"] = True
 
-    def _evaluate(self, node: fx.Node) -> int | float | bool | complex:
-        """The number in a node that depends on the model's own tensors only."""
-        from torch._subclasses.fake_tensor import DataDependentOutputException
-
-        with torch.utils._python_dispatch._disable_current_modes():
-            cache: dict[fx.Node, Any] = {}
-
-            def value(n: fx.Node) -> Any:
-                if n not in cache:
-                    if n.op == "get_attr":
-                        state, mask = self.graph.state[str(n.target)], self._masks.get(str(n.target))
-                        cache[n] = state if mask is None else state * mask.to(state)
-                    elif n.op == "placeholder":
-                        raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
-                    else:
-                        assert callable(n.target)
-                        kwargs = {k: _real(v) for k, v in fx.node.map_arg(n.kwargs, value).items()}
-                        cache[n] = n.target(*fx.node.map_arg(n.args, value), **kwargs)
-                return cache[n]
-
-            result = value(node)
-            assert isinstance(result, Tensor)
-            if result.is_meta:
-                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
-            return result.item()
-
     def _note_written(self, op: OpOverload, args: Any) -> None:
         """Remember which of the model's own tensors a forward pass writes to."""
         for position in _written(op):
@@ -406,11 +385,6 @@ class Recorder(TorchDispatchMode):
                 name = self._storages.get(arg.untyped_storage()._cdata)
                 if name is not None:
                     self.graph.mutated.add(name)
-
-
-def _real(value: Any) -> Any:
-    """An argument; in place of the meta device, one that holds values."""
-    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
 
 
 def _physical(tensor: Tensor) -> Tensor:
@@ -430,17 +404,3 @@ def _written(op: OpOverload) -> list[int]:
 @functools.cache
 def _takes_tensors(op: OpOverload) -> bool:
     return any("Tensor" in str(a.type) for a in op._schema.arguments)
-
-
-def _names_of(modules: Mapping[str, nn.Module]) -> tuple[dict[int, tuple[str, Tensor]], dict[str, str]]:
-    """Names of the modules' tensors by identity, and which further names mean the same tensor."""
-    names: dict[int, tuple[str, Tensor]] = {}
-    aliases: dict[str, str] = {}
-    for prefix, module in modules.items():
-        dot = prefix + "." if prefix else ""
-        bare = {key: value for key, value in own_attributes(module).items() if isinstance(value, Tensor)}
-        for key, tensor in (own_tensors(module) | bare).items():
-            known = names.setdefault(id(tensor), (dot + key, tensor))
-            if known[0] != dot + key:
-                aliases[dot + key] = known[0]
-    return names, aliases
