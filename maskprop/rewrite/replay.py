@@ -72,6 +72,7 @@ class Replay:
         self._new_biases = alignment.plan.new_bias.keys()
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self._graph = graph
+        self._read = _read(graph)
         self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete, self.training = graph.concrete, graph.training
@@ -278,6 +279,8 @@ class Replay:
         """
         if not same_target(want.target, got.target):
             return want.target, got.target
+        if want not in self._read:
+            return None
         for a, b in zip(want.all_input_nodes, got.all_input_nodes, strict=False):
             left, right = self._constant(a), self._constant(b)
             if left is not None and right is not None and not _equal(left, right):
@@ -413,6 +416,15 @@ def _without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> lis
         written = mate is not None and "implied" in mate.meta and same_target(mate.target, op.target)
         if written or "unread" not in op.meta:
             found.append(op)
+    return found
+
+
+def _read(graph: Graph) -> set[fx.Node]:
+    """What an output depends on; how large the rest is does not matter."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.fx.nodes):
+        if node.op == "output" or not found.isdisjoint(node.users):
+            found.add(node)
     return found
 
 

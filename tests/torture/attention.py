@@ -606,3 +606,31 @@ class ChecksItsSizes(Projections):
         if h.size() != (n * 3, t, self.dim):
             raise ValueError(f"heads are of size {h.size()}, not {(n, 3, t, self.dim)}")
         return self.o(h.view(n, 3, t, self.dim).transpose(1, 2).reshape(n, t, -1))
+
+
+class Repeated(nn.Module):
+    """A mask for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.transpose(1, 2) > 0).unsqueeze(1).repeat(1, self.heads, 1, 1)
+
+
+@case(vectors(5, 12), HEAD, HEAD_GONE)
+class LastMaskUnread(Projections):
+    """Masks for the next layer are made behind the last layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = Repeated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t = x.shape[:2]
+        q, k, v = (layer(x).view(n, t, -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = (q @ k.transpose(-1, -2)).masked_fill(self.masks(x), -2.0)
+        h = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        self.masks(h)
+        return h
