@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CellType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from maskprop.modules import modules_by_path
 
@@ -18,17 +20,28 @@ _Cached = type(functools.lru_cache(lambda: None))
 
 @contextmanager
 def caches_emptied(model: nn.Module) -> Iterator[None]:
-    """Afterwards no cache holds what was computed inside, which may be fake tensors.
+    """No cache tells tensors inside, which a trace has to see made; afterwards none holds those, which may be fake.
 
-    Caches in which nothing was put keep what they had.
+    Caches of anything else in which nothing was put keep what they had.
     """
-    caches = {id(c): (c, c.cache_info().misses) for c in _caches(model)}
+    caches = {id(c): c for c in _caches(model)}
+    for cache in caches.values():
+        if cache.cache_info().currsize and _holds_tensors(cache):
+            cache.cache_clear()
+    misses = {key: cache.cache_info().misses for key, cache in caches.items()}
     try:
         yield
     finally:
-        for cache, misses in caches.values():
-            if cache.cache_info().misses != misses:
+        for key, cache in caches.items():
+            if cache.cache_info().misses != misses[key]:
                 cache.cache_clear()
+
+
+def _holds_tensors(cache: Any) -> bool:
+    """Whether a cache remembers tensors; what it holds is known to the garbage collector alone."""
+    held = gc.get_referents(cache)
+    held += [value for table in held if type(table) is dict for value in table.values()]
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(held))
 
 
 def _caches(model: nn.Module) -> Iterator[Any]:

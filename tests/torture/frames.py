@@ -200,3 +200,24 @@ class RemembersTables(Two):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x)) * rising(4) + self.falling(4) * squares(4)
+
+
+@functools.lru_cache
+def halves(count: int) -> Tensor:
+    return torch.full((count,), 0.5)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 4, 5],), "a.bias": ([0, 1, 4, 5],)},
+    {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (4, 4)},
+)
+class ReadsWhatIsRemembered(Two):
+    """What was remembered before the trace has the dense size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() * halves(self.width))
