@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -236,9 +236,12 @@ class _Patcher:
 
         Sizes that do not change tell which: those are given already.
         """
+        return next((op for op in (want, *self._idle(want)) if _agree(sizes, *self.replay.around(op)[0])), want)
+
+    def _idle(self, want: fx.Node) -> Iterator[fx.Node]:
+        """The dense ops right before one that do nothing in the compact model, the last first."""
         at, compared = self.dense.index(want), set(self.replay.dense(strict=True))
-        idle = itertools.takewhile(lambda op: op not in compared, reversed(self.dense[:at]))
-        return next((op for op in (want, *idle) if _agree(sizes, *self.replay.around(op)[0])), want)
+        return itertools.takewhile(lambda op: op not in compared, reversed(self.dense[:at]))
 
     def _cut(self, want: fx.Node, cut: tuple[int, int, int, tuple[int, ...]], frames: Frames) -> Patch:
         """Take the units of an operand that stay: in the expression of the op, or in the call that hands it on."""
@@ -293,6 +296,8 @@ class _Patcher:
     def _bounds(self, place: Place, expression: ast.Subscript, want: fx.Node, got: fx.Node, frame: Frame) -> Patch:
         """The planned bounds of a slice; those that count from the end, or say nothing, go on doing so."""
         whole = got.target is aten.alias.default  # so torch calls a slice that takes all there is
+        if want.target is not aten.slice.Tensor:  # which it should do
+            want = next((op for op in self._idle(want) if op.target is aten.slice.Tensor), want)
         if want.target is not aten.slice.Tensor or not (whole or got.target is want.target):
             raise NoSource(f"'{ast.unparse(expression)}' is no slice")
 

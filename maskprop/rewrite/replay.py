@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,7 @@ class Replay:
         """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
         if strict not in self._dense:
             kept = [n for n in self.ops if not self._skipped(n)]
+            kept = [n for n in kept if not _writes_all(n, self.shapes.get)]
             self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self.input_shape(n), strict)]
         if among is None:
             return self._dense[strict]
@@ -127,7 +128,7 @@ class Replay:
         count is one (``repeat_kv`` with a single query head a group).
         """
         kept = [n for n in actual if not self._skipped(n)]
-        return [n for n in kept if not is_idle(n, shapes_of(n), in_shape(n), strict)]
+        return [n for n in kept if not is_idle(n, shapes_of(n), in_shape(n), strict) and not _writes_all(n, shapes_of)]
 
     def _skipped(self, node: fx.Node) -> bool:
         if node.target in LAYOUT or "inserted" in node.meta:
@@ -395,6 +396,11 @@ class Replay:
         if found is None or found.is_meta:  # on the meta device shapes have to do
             return None
         return self.alignment.kept_part(node, found)
+
+
+def _writes_all(node: fx.Node, shapes: Callable[[fx.Node], Any]) -> bool:
+    """Whether a slice is written that is all there is: a copy."""
+    return node.target is aten.slice_scatter.default and shapes(node) == shapes(node.all_input_nodes[-1])
 
 
 def _idle_slice(want: fx.Node, before: fx.Node | None, made: Sequence[fx.Node]) -> fx.Node | None:

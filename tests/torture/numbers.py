@@ -315,6 +315,24 @@ class WrittenBetweenNumbers(nn.Module):
 @case(
     vectors(6),
     {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
+    {"a.weight": (5, 6), "a.bias": (5,), "b.weight": (4, 5)},
+)
+class NothingBesides(nn.Module):
+    """What is written to a part, and turned round there, is all that is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(*x.shape[:-1], 12)
+        y[..., 2:10] = self.a(x).flip(-1)
+        return self.b(y)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 5],), "a.bias": ([0, 1, 5],)},
     {"a.weight": (5, 6), "a.bias": (5,), "w": (4, 5)},
 )
 class PartsOfAParameter(nn.Module):

@@ -145,7 +145,7 @@ def _roll(op: Op) -> list[Step]:
 
 def _flip(op: Op) -> list[Step]:
     dims = tuple(_dims(op, "dims"))
-    return [Roll(op.shapes[0], dims, lambda t: t.flip(dims), lambda t: t.flip(dims))]
+    return [Roll(op.shapes[0], dims, lambda t: t.flip(dims), lambda t: t.flip(dims), mirrors=True)]
 
 
 def _expand(op: Op) -> list[Step]:

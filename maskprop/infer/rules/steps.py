@@ -272,12 +272,13 @@ class Pick(Step):
 
 @dataclass(frozen=True)
 class Roll(Step):
-    """Reorder along axes: roll and flip."""
+    """Reorder along axes: roll and flip (``mirrors``), which turns what stays round as it turns all."""
 
     src: Shape
     dims: Shape
     fn: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+    mirrors: bool = False
 
     @property
     def dst(self) -> Shape:  # type: ignore[override]
@@ -294,8 +295,10 @@ class Roll(Step):
         return self.inverse(self._full(t))
 
     def couple(self, labels: Labels, c: Coupling) -> Labels:
+        if self.mirrors:
+            return [moved(a, self.move) for a in labels]
         for d in self.dims:
-            c.pin(labels[d], "is rolled or flipped along this axis")
+            c.pin(labels[d], "is rolled along this axis")
         return [None if i in self.dims else moved(a, self.move) for i, a in enumerate(labels)]
 
 
