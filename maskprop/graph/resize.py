@@ -24,16 +24,15 @@ def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Ite
         inputs: the dummy input.
         run: records a pass, or says ``None`` where ``forward`` refuses the inputs.
     """
-    for key in (_by_axis, _by_size):
-        groups = _groups(inputs, key)
-        for kept in (None, *groups):
-            changed = [g for g in groups if g != kept]
-            graph = run(_resized(inputs, {g: 2.0 + i for i, g in enumerate(changed)}, key)) if changed else None
-            if graph is not None:
-                yield graph
-                if kept is not None:
-                    yield from _alone(inputs, run, kept, key)
-                return
+    groups = _groups(inputs, _by_axis)
+    for kept in (None, *groups):
+        changed = [g for g in groups if g != kept]
+        graph = run(_resized(inputs, {g: 2.0 + i for i, g in enumerate(changed)}, _by_axis)) if changed else None
+        if graph is not None:
+            yield graph
+            if kept is not None:
+                yield from _alone(inputs, run, kept, _by_axis)
+            return
     for group in _groups(inputs, _by_size):
         yield from _alone(inputs, run, group, _by_size)
 

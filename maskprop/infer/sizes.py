@@ -11,7 +11,7 @@ import itertools
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from maskprop.graph.trace import of_torch
 from maskprop.infer.facts import Fact, all_over, broadcast_shape, everywhere, lead
 from maskprop.infer.rules.joining import Cat
 from maskprop.infer.rules.movement import Movement, Parts
+from maskprop.infer.rules.pointwise import Uniform
+from maskprop.infer.rules.registry import find_rule
 from maskprop.infer.sweep import Inference
 
 log = logging.getLogger(__name__)
@@ -82,22 +84,26 @@ def made_of(inference: Inference, used: Mapping[fx.Node, Tensor]) -> dict[fx.Nod
 
 
 def _zeros_made(inference: Inference) -> dict[fx.Node, Tensor]:
-    """Where constants that are not zero come out as zero, as behind a relu: a zero by chance, not by the masks."""
+    """Where numbers make a zero of what is none, as behind a relu: a zero by chance, not by the masks."""
     known, found = inference.facts.known, {}
+    tables: set[fx.Node] = set()  # values that ``forward`` makes of numbers alone
     for node in inference.graph.fx.nodes:
-        if is_op(node) and torch.Tag.pointwise in node.target.tags:
+        made_of_numbers = node.op == "call_function" and tables.issuperset(node.all_input_nodes)
+        if "lifted" in node.meta or made_of_numbers or (is_op(node) and isinstance(inference.rule(node), Uniform)):
+            tables.add(node)
+        elif is_op(node) and torch.Tag.pointwise in node.target.tags:
             fact = known[node]
             if isinstance(fact, Fact) and not fact.plain and bool(fact.zero.any()):
-                made = fact.zero & ~_zero_before(node, inference)
+                made = fact.zero & ~_zero_before(node, inference, tables)
                 if bool(made.any()):
                     found[node] = made
     return found
 
 
-def _zero_before(node: fx.Node, inference: Inference) -> Tensor:
-    """Where some input of a pointwise op is a known zero, broadcast against each other."""
-    ndim = len(shape_of(node))
-    zeros = [lead(inference.facts.known[n].zero, ndim) for n in inference.op(node).inputs]
+def _zero_before(node: fx.Node, inference: Inference, tables: Collection[fx.Node] = ()) -> Tensor:
+    """Where some input of a pointwise op, but for tables, is a known zero, broadcast against each other."""
+    ndim, inputs = len(shape_of(node)), (n for n in inference.op(node).inputs if n not in tables)
+    zeros = [lead(inference.facts.known[n].zero, ndim) for n in inputs]
     return functools.reduce(operator.or_, zeros, everywhere(False, ndim))
 
 
@@ -114,7 +120,8 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
     number = (kind is None or not of_torch(kind)) and bool(_numbers(node))
     repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
-    return (number or any(repeated)) and not isinstance(inference.rule(node), (Movement, Parts))
+    doubtful = number or any(repeated) or _chained(node, sources)
+    return doubtful and not isinstance(inference.rule(node), (Movement, Parts, Cat))
 
 
 def _repeats(node: fx.Node, source: fx.Node) -> bool:
@@ -123,6 +130,31 @@ def _repeats(node: fx.Node, source: fx.Node) -> bool:
         user is not node and user.target is node.target and user.meta.get("path") == node.meta["path"]
         for user in source.users
     )
+
+
+def _chained(node: fx.Node, sources: Mapping[fx.Node, Any] | None) -> bool:
+    """Whether a value went through the same op twice before in one call of a module, as in a loop of doubled steps.
+
+    Once says nothing: a block adds what attention makes, and then what the layers behind it make.
+    """
+    count, call, stack, seen = 0, node.meta["call"], list(node.all_input_nodes), set[fx.Node]()
+    while stack:
+        before = stack.pop()
+        if before.op != "call_function" or before.meta["call"] != call or before in seen:
+            continue
+        seen.add(before)
+        if sources is None or before in sources:
+            count += before.target is node.target
+            if count == 2:
+                return True
+            if isinstance(before.target, OpOverload) and not _sums(before.target):
+                stack += before.all_input_nodes
+    return False
+
+
+def _sums(target: OpOverload) -> bool:
+    """Whether an op mixes units, and so reads a parameter most often, which tells whether it is repeated."""
+    return torch.Tag.pointwise not in target.tags and not isinstance(find_rule(target), (Movement, Parts))
 
 
 def _numbers(node: fx.Node) -> list[float | complex]:
@@ -150,13 +182,13 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
     Nor is known what a number was used for that is another there: it may show at a third size only, as in a clamp.
     What cannot be compared, because ``forward`` goes other ways there, is not a constant if it is in doubt.
     """
-    pairs = dict(_pairs(a, b))
+    pairs = _pairs(a, b)
     sized: set[fx.Node] = set()
     for node in a.graph.fx.nodes:
         if node.op != "call_function":
             continue
-        other = pairs.get(node)
-        if other is not None:
+        others = pairs.get(node, [])
+        for other in others:
             inputs = list(zip(a.op(node).inputs, b.op(other).inputs, strict=False))
             sized.update(one for one, two in inputs if _lifted_apart(one, two))
             for one, two in itertools.chain(inputs, zip(_results(node), _results(other), strict=False)):
@@ -164,7 +196,7 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
                     differs = _unlike(a.facts.known[one], b.facts.known[two])
                     if bool(differs.any()):
                         yield one, differs
-        apart = _numbers(node) != _numbers(other) if other is not None else node in doubts
+        apart = any(_numbers(node) != _numbers(other) for other in others) if others else node in doubts
         if not apart and sized.isdisjoint(node.all_input_nodes):
             continue
         fact = a.facts.known[node]
@@ -193,16 +225,19 @@ def _nonzero(node: fx.Node, inference: Inference) -> Iterator[tuple[fx.Node, Ten
             yield result, fact.known & ~zero
 
 
-def _pairs(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Calls that do the same in two passes: in each module's, from the first on and from the last back."""
+def _pairs(a: Inference, b: Inference) -> dict[fx.Node, list[fx.Node]]:
+    """Calls that do the same in two passes: in each module's, as far from the first on, or from the last back."""
+    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     theirs = _by_module(b)
     for path, mine in _by_module(a).items():
         yours = theirs.get(path, [])
-        count = _alike(mine, yours)
-        yield from zip(mine[:count], yours[:count], strict=True)
-        mine, yours = mine[count:][::-1], yours[count:][::-1]
-        count = _alike(mine, yours)
-        yield from zip(mine[:count], yours[:count], strict=True)
+        for one, two in itertools.islice(zip(mine, yours, strict=False), _alike(mine, yours)):
+            found[one].append(two)
+        if len(mine) != len(yours):
+            back = mine[::-1], yours[::-1]
+            for one, two in itertools.islice(zip(*back, strict=False), _alike(*back)):
+                found[one].append(two)
+    return found
 
 
 def _alike(a: list[fx.Node], b: list[fx.Node]) -> int:
