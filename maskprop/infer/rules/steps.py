@@ -286,7 +286,7 @@ class Roll(Step):
 
     def _full(self, t: Tensor) -> Tensor:
         varying = [d for d in self.dims if t.shape[d] > 1]
-        return spread(t, self.dims, self.src) if varying else t
+        return spread(t, self.dims, self.src) if varying and not self.mirrors else t
 
     def move(self, t: Tensor) -> Tensor:
         return self.fn(self._full(t))
