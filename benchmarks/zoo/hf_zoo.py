@@ -78,6 +78,12 @@ def waveform(batch: int, stretch: int, generator: torch.Generator) -> Inputs:
     return {"input_values": torch.randn(batch, 400 + 40 * stretch, generator=generator)}
 
 
+def spoken(batch: int, stretch: int, generator: torch.Generator) -> Inputs:
+    """Samples of audio and target token ids."""
+    target = _ids(batch, 6 + stretch, generator)
+    return {**waveform(batch, stretch, generator), "decoder_input_ids": target, "use_cache": False}
+
+
 def _build(model: str, config: Any, attention: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -296,6 +302,43 @@ family(
     eos_token_id=2,
     **_CAUSAL,
 )
+family(
+    "mamba2",
+    "Mamba2ForCausalLM",
+    "Mamba2Config",
+    causal,
+    attentions=("eager",),
+    vocab_size=_VOCABULARY,
+    hidden_size=32,
+    state_size=8,
+    num_hidden_layers=2,
+    num_heads=4,
+    head_dim=16,
+    n_groups=2,
+    chunk_size=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    **_CAUSAL,
+)
+family(
+    "dbrx",
+    "DbrxForCausalLM",
+    "DbrxConfig",
+    causal,
+    attentions=("sdpa",),
+    vocab_size=_VOCABULARY,
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=64,
+    attn_config=lambda: {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    ffn_config=lambda: {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    **_CAUSAL,
+)
 
 # --- encoder-decoders -------------------------------------------------------------------------------------
 
@@ -376,6 +419,24 @@ family(
     num_conv_pos_embeddings=8,
     num_conv_pos_embedding_groups=4,
     apply_spec_augment=False,
+)
+family(
+    "speecht5",
+    "SpeechT5ForSpeechToText",
+    "SpeechT5Config",
+    spoken,
+    attentions=("eager",),
+    vocab_size=_VOCABULARY,
+    conv_dim=(16, 16, 16),
+    conv_kernel=(8, 3, 3),
+    conv_stride=(4, 2, 2),
+    num_feat_extract_layers=3,
+    num_conv_pos_embeddings=8,
+    num_conv_pos_embedding_groups=4,
+    encoder_max_relative_position=8,
+    apply_spec_augment=False,
+    **{k: v for k, v in _BART.items() if k not in ("vocab_size", "d_model")},
+    hidden_size=32,
 )
 _VIT = {
     "stretches": False,
