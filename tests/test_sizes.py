@@ -141,6 +141,19 @@ def test_other_images(form: str, masks: Callable[[nn.Module], dict[str, Tensor]]
     check(model, masks(model), (3, 3, 6, 6), (1, 3, 6, 6), (3, 3, 9, 8), (2, 3, 4, 12))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 1, 6), (6, 6, 6), (8, 8, 6)])
+def test_a_dummy_of_any_shape(shape: tuple[int, ...]) -> None:
+    """Also a sequence of one, and sizes that are equal by chance."""
+    model = Layers(lambda m, x: m.first(x) * x.shape[1] - x.shape[0]).double().eval()
+    check(model, {"first.weight": half(model)["first.weight"]}, shape, (2, 6, 6), (3, 4, 6), (1, 9, 6))
+
+
+def test_what_a_hook_does_to_a_layer() -> None:
+    model = Layers(lambda m, x: m.first(x)).double().eval()
+    model.first.register_forward_hook(lambda module, args, y: y * y.shape[1])
+    check(model, {"first.weight": half(model)["first.weight"]}, (2, 6, 6), (3, 4, 6))
+
+
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
     """The inputs of every trace that a speedup asks for."""

@@ -93,6 +93,7 @@ class Graph:
         training: whether the author's modules ran in training mode.
         opaque: whether a tensor turned up that no recorded op made (``forward`` may have left torch in between).
         mutated: buffers that ``forward`` writes to.
+        hooked: paths of modules whose calls have hooks.
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
         results: what that call returned, likewise.
@@ -107,6 +108,7 @@ class Graph:
     training: bool = False
     opaque: bool = False
     mutated: set[str] = field(default_factory=set)
+    hooked: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)

@@ -110,6 +110,8 @@ class Recorder(TorchDispatchMode):
             self._calls += 1
             self.last_path = path
             self.graph.history.append(made := ModuleCall(path, self._calls))
+            if module._forward_hooks or module._forward_pre_hooks:
+                self.graph.hooked.add(path)
             first = path not in self.graph.calls
             if first:
                 self.graph.calls[path] = self._nodes_of((args, kwargs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from maskprop.graph.graph import Graph
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs
 
-Key = Callable[[int, int], Hashable]
+# Axes that change together: those of a size, or of a size and a place.
+Group = tuple[int, ...]
+Key = Callable[[int, int], Group]
 
 
 def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Iterator[Graph]:
@@ -24,7 +26,10 @@ def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Ite
         inputs: the dummy input.
         run: records a pass, or says ``None`` where ``forward`` refuses the inputs.
     """
-    groups = _groups(inputs, _by_axis)
+    groups = [g for g in _groups(inputs, _by_axis) if g[0] > 1 or g[1] == 0]
+    for axis in _groups(inputs, _by_axis):
+        if axis not in groups:  # it may be there to be broadcast, or a sequence of one
+            yield from _alone(inputs, run, axis, _by_axis)
     for kept in (None, *groups):
         changed = [g for g in groups if g != kept]
         graph = run(_resized(inputs, {g: 2.0 + i for i, g in enumerate(changed)}, _by_axis)) if changed else None
@@ -37,46 +42,40 @@ def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Ite
         yield from _alone(inputs, run, group, _by_size)
 
 
-def _alone(inputs: Inputs, run: Callable[[Inputs], Graph | None], group: Hashable, key: Key) -> Iterator[Graph]:
+def _alone(inputs: Inputs, run: Callable[[Inputs], Graph | None], group: Group, key: Key) -> Iterator[Graph]:
     """A pass in which only one group of axes is of another size: longer, or shorter where there is a longest size.
 
     Where ``forward`` takes neither, its axes may be equal by chance, as a batch that is as large as the channels are.
     """
-    for factor in (2.0, 0.5):
+    for factor in (2.0, 0.5) if group[0] > 1 else (2.0,):
         graph = run(_resized(inputs, {group: factor}, key))
         if graph is not None:
             yield graph
             return
     if key is _by_size:
         for one in _groups(inputs, _by_axis):
-            if isinstance(one, tuple) and one[0] == group:
+            if _by_size(*one) == group:
                 yield from _alone(inputs, run, one, _by_axis)
 
 
-def _by_axis(size: int, axis: int) -> Hashable:
+def _by_axis(size: int, axis: int) -> Group:
     return size, axis
 
 
-def _by_size(size: int, axis: int) -> Hashable:
-    return size
+def _by_size(size: int, axis: int) -> Group:
+    return (size,) if size > 1 or axis == 0 else ()
 
 
-def _groups(inputs: Inputs, key: Key) -> list[Hashable]:
-    """The axes of the inputs that change together; one of size 1 is there to be broadcast, unless it is the batch."""
-    found = (
-        key(size, axis)
-        for _, tensor in tensors_in(inputs)
-        for axis, size in enumerate(tensor.shape)
-        if size > 1 or (size == 1 and axis == 0)
-    )
-    return list(dict.fromkeys(found))
+def _groups(inputs: Inputs, key: Key) -> list[Group]:
+    found = (key(size, axis) for _, tensor in tensors_in(inputs) for axis, size in enumerate(tensor.shape) if size)
+    return [group for group in dict.fromkeys(found) if group]
 
 
-def _resized(inputs: Inputs, factors: Mapping[Hashable, float], key: Key) -> Inputs:
+def _resized(inputs: Inputs, factors: Mapping[Group, float], key: Key) -> Inputs:
     def resize(tensor: Tensor) -> Tensor:
         for axis, size in enumerate(tensor.shape):
-            length = int(size * factors.get(key(size, axis), 1.0)) if size > 1 or axis == 0 else size
-            if 0 < length < size:
+            length = int(size * factors.get(key(size, axis), 1.0))
+            if length < size:
                 tensor = tensor.narrow(axis, 0, length)
             elif length > size:
                 tensor = torch.cat([tensor] * (length // size), axis)

@@ -118,7 +118,8 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
     if not inputs:
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
-    number = (kind is None or not of_torch(kind)) and bool(_numbers(node))
+    authored = kind is None or not of_torch(kind) or node.meta["path"] in inference.graph.hooked
+    number = authored and bool(_numbers(node))
     repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
     doubtful = number or any(repeated) or _chained(node, sources)
     return doubtful and not isinstance(inference.rule(node), (Movement, Parts, Cat))
