@@ -15,7 +15,7 @@ aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _TURNS = (aten.t.default, aten.transpose.int, *_CASTS)
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _next_add(node: fx.Node, uses: int) -> BiasPlace | None:
     """A linear whose bias is added by a call of its own (after a view, for inputs of three axes)."""
     width = shape_of(node)[-1]
     user = _sole_user(node)
-    while user is not None and user.target in (*_VIEWS, *_SQUEEZES) and shape_of(user)[-1] == width:
+    while user is not None and user.target in (*VIEWS, *_SQUEEZES) and shape_of(user)[-1] == width:
         node, user = user, _sole_user(user)
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
@@ -198,7 +198,7 @@ _POWERS = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.def
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
 _SAME_DEGREE = {
     aten._to_copy.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.alias.default,
-    aten.clone.default, *_VIEWS,
+    aten.clone.default, *VIEWS,
 }  # fmt: skip
 
 

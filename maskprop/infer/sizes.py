@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from maskprop.graph.graph import is_op, shape_of
 from maskprop.graph.trace import of_torch
 from maskprop.infer.facts import Fact, all_over, broadcast_shape, everywhere, lead
+from maskprop.infer.places import VIEWS
 from maskprop.infer.rules.joining import Cat
 from maskprop.infer.rules.movement import Movement, Parts
 from maskprop.infer.rules.pointwise import Uniform
@@ -194,7 +195,7 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
             sized.update(one for one, two in inputs if _lifted_apart(one, two))
             for one, two in itertools.chain(inputs, zip(_results(node), _results(other), strict=False)):
                 if one.op == two.op == "call_function":
-                    differs = _unlike(a.facts.known[one], b.facts.known[two])
+                    differs = _differs(one, a.facts.known[one], two, b.facts.known[two])
                     if bool(differs.any()):
                         yield one, differs
         apart = any(_numbers(node) != _numbers(other) for other in others) if others else node in doubts
@@ -261,6 +262,31 @@ def _results(node: fx.Node) -> list[fx.Node]:
         return [node]
     parts = [user for user in node.users if user.target is operator.getitem]
     return sorted(parts, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+
+
+def _differs(one: fx.Node, a: Fact, two: fx.Node, b: Fact) -> Tensor:
+    """Where the first value has a fact that the second one has not; axes that a view merged are held apart."""
+    axes, theirs = _merged(one), _merged(two)
+    if len(axes) < 2 or len(axes) != len(theirs):
+        return _unlike(a, b)
+    found = _unlike(a.map(lambda t: _apart(t, axes)), b.map(lambda t: _apart(t, theirs)))
+    return found.flatten(0, len(axes) - 1)
+
+
+def _merged(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of the axes that a view made the first one of a value, as it does for a linear layer's product."""
+    shape = shape_of(node)
+    for one in (node, *node.all_input_nodes):
+        if one.target in VIEWS:
+            before, merged = shape_of(one.all_input_nodes[0]), shape_of(one)
+            count = len(before) - len(merged) + 1
+            if count > 1 and before[count:] == merged[1:] and merged[:1] == shape[:1]:
+                return before[:count]
+    return shape[:1]
+
+
+def _apart(t: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return t.reshape((axes if t.shape[0] != 1 else (1,) * len(axes)) + t.shape[1:])
 
 
 def _unlike(a: Fact, b: Fact) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from maskprop.infer.coupling import Coupling, Labels
 from maskprop.infer.facts import Fact, everywhere
 from maskprop.infer.op import Op
+from maskprop.infer.places import VIEWS
 from maskprop.infer.rules.registry import Rule, register_rule
 from maskprop.infer.rules.steps import (
     Expand,
@@ -80,7 +81,7 @@ class Parts(Rule):
 def _merges_next(node: fx.Node) -> bool:
     """Whether the value is reshaped next (through a copy)."""
     for user in node.users:
-        if user.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+        if user.target in VIEWS:
             return True
         if user.target in (aten.clone.default, aten._to_copy.default) and _merges_next(user):
             return True
