@@ -281,8 +281,10 @@ def _as_bool(where: str, mask: Tensor) -> Tensor:
             "or floating tensor is expected. Convert it with .to_dense() or .bool()."
         )
     mask = mask.detach()
-    boolean = mask.clone() if mask.dtype == torch.bool else mask != 0
-    wrong = torch.zeros_like(boolean) if mask.dtype == torch.bool else boolean & (mask != 1)
+    if mask.dtype == torch.bool:
+        return mask.clone()
+    boolean = mask != 0
+    wrong = boolean & (mask != 1)
     if not wrong.any():
         return boolean
     index = tuple(wrong.nonzero()[0].tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import logging
 import time
 import warnings
@@ -407,4 +408,4 @@ class ModelSpeedup:
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether all elements are; their sum tells, except where it overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

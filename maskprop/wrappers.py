@@ -21,9 +21,12 @@ def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
     Returns:
         Where it is (in words), in what it is wrapped and where the plain module is; ``None`` if there is none.
     """
-    for path, module in modules_by_path(model).items():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _PLAIN:
-                where = f"'{path}'" if path else "the model"
-                return f"{where} is wrapped in {cls.__name__}", _PLAIN[cls.__name__]
+    modules = modules_by_path(model)
+    wrappers = {kind: cls.__name__ for kind in set(map(type, modules.values())) for cls in kind.__mro__
+                if cls.__name__ in _PLAIN}  # fmt: skip
+    for path, module in modules.items() if wrappers else ():
+        name = wrappers.get(type(module))
+        if name is not None:
+            where = f"'{path}'" if path else "the model"
+            return f"{where} is wrapped in {name}", _PLAIN[name]
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType
 from typing import Any
@@ -13,18 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from maskprop.modules import modules_by_path
-
 _Cached = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
-def caches_emptied(model: nn.Module) -> Iterator[None]:
+def caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
     """No cache tells tensors inside, which a trace has to see made; afterwards none holds those, which may be fake.
 
     Caches of anything else in which nothing was put keep what they had.
     """
-    caches = {id(c): c for c in _caches(model)}
+    caches = {id(c): c for c in _caches(modules)}
     for cache in caches.values():
         if cache.cache_info().currsize and _holds_tensors(cache):
             cache.cache_clear()
@@ -44,9 +42,9 @@ def _holds_tensors(cache: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(held))
 
 
-def _caches(model: nn.Module) -> Iterator[Any]:
-    """Those in the classes of a model's modules, and in the files that define the classes; decorated or not."""
-    classes = {c for kind in set(map(type, modules_by_path(model).values())) for c in kind.__mro__}
+def _caches(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """Those in the classes of modules, and in the files that define the classes; decorated or not."""
+    classes = {c for kind in set(map(type, modules)) for c in kind.__mro__}
     own = [c for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins")]
     files = {c.__module__: sys.modules[c.__module__] for c in own if c.__module__ in sys.modules}
     for home in (*own, *files.values()):

@@ -308,7 +308,8 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
     before: list[tuple[Any, Any]] = []
     empty: list[Any] = []  # most of a module's tables are
     buffers: dict[int, Tensor] = {}
-    for module in modules_by_path(model).values():
+    modules = modules_by_path(model).values()
+    for module in modules:
         attributes = module.__dict__
         if module._buffers:
             buffers.update((id(b), b) for b in module._buffers.values() if b is not None and not b.is_meta)
@@ -323,7 +324,7 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
             module.__dict__["training"] = False
     written = [(b, b._version, b.detach().clone()) for b in buffers.values()]
     try:
-        with caches_emptied(model), generators_kept():
+        with caches_emptied(modules), generators_kept():
             yield
     finally:
         with torch.no_grad():

@@ -17,6 +17,7 @@ from maskprop.graph.graph import Graph
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import new_fake
 from maskprop.graph.trace import Inputs, quiet, record
+from maskprop.modules import own_tensors
 
 if TYPE_CHECKING:
     from maskprop.rewrite.replay import Replay
@@ -105,6 +106,9 @@ class _Follower(Recorder):
     def _note_read(self, node: fx.Node) -> None:
         raise self._divergence()
 
+    def _nodes_of(self, value: Any) -> Any:
+        return None  # nobody asks what the compact model's modules are given
+
     # -- layers of torch's own -------------------------------------------------------------------
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -149,7 +153,7 @@ class _Follower(Recorder):
 
 def _fits(module: nn.Module, given: Sequence[int], made: Sequence[int]) -> bool:
     """Whether a layer's own tensors are as large as what it is given, and what the plan says that it makes, ask for."""
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors = list(own_tensors(module).values())
     if not tensors:
         return tuple(given) == tuple(made)
     if isinstance(module, nn.Linear):
