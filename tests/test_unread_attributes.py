@@ -49,6 +49,24 @@ def test_sizes_that_forward_does_not_read_follow() -> None:
     assert (model.in_features, model.rate) == (10, 0.5)
 
 
+class Numbered(Mlp):
+    """Which of several it is, and how long a sequence may be: later calls, of a cache say, would read both."""
+
+    def __init__(self, width: int, hidden: int, number: int) -> None:
+        super().__init__(width, hidden)
+        self.number, self.max_positions = number, hidden
+
+
+def test_numbers_of_layers_and_positions_stay() -> None:
+    """Also where they are as large as a size that changes."""
+    model = nn.Sequential(*(Numbered(10, 6, number) for number in range(4, 9)))
+    masks = {f"{i}.fc2.weight": (torch.arange(6) >= 2).float()[None] for i in range(5)}
+    prune(model, 10, masks)
+    assert [layer.hidden_features for layer in model] == [4] * 5
+    assert [layer.number for layer in model] == [4, 5, 6, 7, 8]
+    assert [layer.max_positions for layer in model] == [6] * 5
+
+
 def test_numbers_that_forward_reads_as_something_else_stay() -> None:
     model = Attention(width=20, heads=4, head_dim=6)
     prune(model, 20, {"proj.weight": (torch.arange(24) >= 12).float()[None]})

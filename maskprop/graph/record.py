@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
                 self.graph.hooked.add(path)
             first = path not in self.graph.calls
             if first:
-                self.graph.calls[path] = self._nodes_of((args, kwargs))
+                self.graph.calls[path] = self._nodes_of(args), self._nodes_of(kwargs) if kwargs else {}
             self._stack.append((path, self._calls))
             self._types.append(type(module))
             try:
@@ -155,7 +155,10 @@ class Recorder(TorchDispatchMode):
 
     def _nodes_of(self, value: Any) -> Any:
         """The same structure with nodes in place of tensors."""
-        return map_tensors(value, lambda t: self._node(_physical(t)))
+        return map_tensors(value, self._node_of_call)
+
+    def _node_of_call(self, tensor: Tensor) -> fx.Node:
+        return self._node(_physical(tensor))
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         """Declare an input of the forward pass."""

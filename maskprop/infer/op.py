@@ -29,6 +29,7 @@ class Op:
         target: the ATen overload.
         inputs: the nodes of the tensor arguments in order, those in lists flattened, repeats kept.
         shapes: their shapes.
+        memo: for what a rule works out more than once.
     """
 
     def __init__(self, node: fx.Node) -> None:
@@ -38,6 +39,7 @@ class Op:
         self.inputs: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), self.inputs.append)
         self.shapes = [shape_of(n) for n in self.inputs]
+        self.memo: dict[str, Any] = {}
 
     @property
     def path(self) -> str:

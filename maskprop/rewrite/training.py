@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 def idle_modules(model: nn.Module, graph: Graph) -> Iterator[str]:
     """Paths of the outermost modules that have parameters of which the trace used none."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    uncalled = [(path, module) for path, module in modules_by_path(model).items() if path and path not in graph.calls]
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"} if uncalled else set()
     found: set[str] = set()
-    for path, module in modules_by_path(model).items():
-        if not path or path in graph.calls or within(path, found):
+    for path, module in uncalled:
+        if within(path, found):
             continue
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]
         if own and read.isdisjoint(graph.aliases.get(name, name) for name in own):

@@ -2,11 +2,14 @@
 
 ``num_heads`` of a block that reshapes by ``head_dim`` alone is one: nothing goes wrong where it stays, but whoever
 reads it later (another pruning, a logger, a user) is told the dense size. An attribute is set only where it cannot
-mean anything else: all sizes of its value around the module changed to one and the same number.
+mean anything else: all sizes of its value around the module changed to one and the same number, and in every other
+module of the class, too, it is one of the sizes around. The number of a layer is not, nor what is called a position:
+a cache may read those later.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -17,6 +20,8 @@ from maskprop.rewrite.replay import Replay
 
 # Widths that torch's modules check at most.
 _WIDTHS = ("num_features", "num_channels")
+# What such numbers are called that are no width, though one may be as large by chance.
+_NO_WIDTH = re.compile("idx|index|position|length|seq|vocab|token|pad|layers|depth")
 
 
 def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]:
@@ -28,7 +33,8 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
     """
     plan = replay.alignment.plan
     changed = {(c.module, c.attribute) for c in plan.attributes}
-    found = []
+    found: dict[tuple[type, str], list[AttributeChange]] = {}
+    others: set[tuple[type, str]] = set()  # what is no size in some module of the class
     for path, module in modules_by_path(model).items():
         # what torch's own modules hold follows their tensors; a norm without any still says how wide it is
         attributes = vars(module)
@@ -40,10 +46,14 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
         for old, new in _sizes(module, path, replay):
             sizes.setdefault(old, set()).add(new)
         for name, value in attributes.items():
-            to = sizes.get(value, set()) if type(value) is int and value > 1 else set()
-            if len(to) == 1 and value not in to and (path, name) not in changed:
-                found.append(AttributeChange(path, name, value, *to))
-    return found
+            if type(value) is not int:
+                continue
+            key, to = (type(module), name), sizes.get(value, set())
+            if (sizes and not to) or _NO_WIDTH.search(name):
+                others.add(key)
+            if len(to) == 1 and value > 1 and value not in to and (path, name) not in changed:
+                found.setdefault(key, []).append(AttributeChange(path, name, value, *to))
+    return [change for key, changes in found.items() if key not in others for change in changes]
 
 
 def _sizes(module: nn.Module, path: str, replay: Replay) -> Iterator[tuple[int, int]]:

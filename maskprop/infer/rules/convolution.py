@@ -48,12 +48,17 @@ class Convolution(Rule):
 
     def _pattern(self, weight: Fact, op: Op) -> Tensor:
         """(G, O, I): whether an output reads an input of its group; axes may have size 1."""
-        groups, transposed, _ = self._layout(op)
-        nz = ~weight.zero
-        nz = any_over(nz, range(2, nz.ndim)).reshape(nz.shape[:2])
-        first = nz.shape[0] if nz.shape[0] == 1 else groups
-        cut = nz.reshape(first, -1, nz.shape[1])
-        return cut.transpose(1, 2) if transposed else cut
+        fact, found = op.memo.get("pattern", (None, None))
+        if fact is not weight:
+            groups, transposed, _ = self._layout(op)
+            nz = ~weight.zero
+            nz = any_over(nz, range(2, nz.ndim)).reshape(nz.shape[:2])
+            first = nz.shape[0] if nz.shape[0] == 1 else groups
+            cut = nz.reshape(first, -1, nz.shape[1])
+            found = cut.transpose(1, 2) if transposed else cut
+            op.memo["pattern"] = weight, found
+        assert isinstance(found, Tensor)
+        return found
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
         x, weight = facts[0], facts[1]
