@@ -202,9 +202,9 @@ class Prelu(Pointwise):
     """``x`` or ``w * x``: pointwise, and zero stays zero."""
 
     def known(self, op: Op, facts: Sequence[Fact]) -> Fact:
-        x, w = facts
-        zero = x.zero.expand(broadcast_shape(x.zero.shape, w.zero.shape))
-        return self._fact(op, facts, (x.known & w.known) | zero, zero)
+        slopes, w = op.shapes[1], facts[1]
+        x = facts[0].map(lambda t: t.expand(broadcast_shape(t.shape, slopes)))  # the kernel does not broadcast itself
+        return self._fact(op, (x, w), (x.known & w.known) | x.zero, x.zero)
 
 
 @register(aten.tril.default, aten.triu.default)
