@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from maskprop.graph.graph import TensorMeta
+from maskprop.graph.graph import Graph, TensorMeta
 from maskprop.infer.op import Op
 
 aten = torch.ops.aten
@@ -100,3 +101,51 @@ def in_shape(node: fx.Node) -> tuple[int, ...] | None:
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     meta = None if source is None else source.meta["tensor"]
     return meta.shape if isinstance(meta, TensorMeta) else None
+
+
+def writes_all(node: fx.Node, shapes: Callable[[fx.Node], Any]) -> bool:
+    """Whether a slice is written that is all there is: a copy."""
+    return node.target is aten.slice_scatter.default and shapes(node) == shapes(node.all_input_nodes[-1])
+
+
+def idle_slice(want: fx.Node, before: fx.Node | None, made: Sequence[fx.Node]) -> fx.Node | None:
+    """Where a slice is wanted, the compact one that takes all there is: that is not compared."""
+    if want.target is not aten.slice.Tensor:
+        return None
+    first = 0 if before is None else made.index(before) + 1
+    found = next((op for op in made[first:] if op.meta["path"] == want.meta["path"]), None)
+    if found is None or found.target not in (want.target, aten.alias.default) or "implied" in found.meta:
+        return None
+    return found if shapes_of(found)[0] == in_shape(found) else None
+
+
+def without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of the writes in a recording that was cut short which nothing had read by then, only those of the dense one."""
+    found: list[fx.Node] = []
+    for op in compact:
+        mate = dense[len(found)] if len(found) < len(dense) else None
+        written = mate is not None and "implied" in mate.meta and same_target(mate.target, op.target)
+        if written or "unread" not in op.meta:
+            found.append(op)
+    return found
+
+
+def read_nodes(graph: Graph) -> set[fx.Node]:
+    """What an output depends on; how large the rest is does not matter."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.fx.nodes):
+        if node.op == "output" or not found.isdisjoint(node.users):
+            found.add(node)
+    return found
+
+
+def other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:
+    """What two matching calls read, where that does not match: by its size ``forward`` may choose what it reads."""
+    if len(want.all_input_nodes) != len(got.all_input_nodes):
+        return None
+    for a, b in zip(map(made_by, want.all_input_nodes), map(made_by, got.all_input_nodes), strict=True):
+        states = a.op == b.op == "get_attr" and not {"lifted", "inserted"} & (a.meta.keys() | b.meta.keys())
+        mate = mates.get(a)
+        if (states and a.target != b.target) or (mate not in (None, b) and b in mates.values()):
+            return f"a result of {a}", f"one of {b}"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,20 @@ from maskprop.rewrite.recorded import (
     BOUNDED,
     LAYOUT,
     adds_bias,
+    idle_slice,
     in_shape,
     is_idle,
     made_by,
     order_of,
+    other_input,
+    read_nodes,
     same_target,
     shapes_of,
     shapes_of_meta,
     start_of,
     without_ones,
+    without_unread,
+    writes_all,
 )
 
 aten = torch.ops.aten
@@ -72,7 +77,7 @@ class Replay:
         self._new_biases = alignment.plan.new_bias.keys()
         self.ops = [n for n in graph.fx.nodes if is_op(n)]
         self._graph = graph
-        self._read = _read(graph)
+        self._read = read_nodes(graph)
         self.history = graph.history
         self.shapes = {n: self._expected(n) for n in self.ops}
         self.concrete, self.training = graph.concrete, graph.training
@@ -114,7 +119,7 @@ class Replay:
         """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
         if strict not in self._dense:
             kept = [n for n in self.ops if not self._skipped(n)]
-            kept = [n for n in kept if not _writes_all(n, self.shapes.get)]
+            kept = [n for n in kept if not writes_all(n, self.shapes.get)]
             self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self.input_shape(n), strict)]
         if among is None:
             return self._dense[strict]
@@ -128,7 +133,7 @@ class Replay:
         count is one (``repeat_kv`` with a single query head a group).
         """
         kept = [n for n in actual if not self._skipped(n)]
-        return [n for n in kept if not is_idle(n, shapes_of(n), in_shape(n), strict) and not _writes_all(n, shapes_of)]
+        return [n for n in kept if not is_idle(n, shapes_of(n), in_shape(n), strict) and not writes_all(n, shapes_of)]
 
     def _skipped(self, node: fx.Node) -> bool:
         if node.target in LAYOUT or "inserted" in node.meta:
@@ -224,15 +229,15 @@ class Replay:
         own: str | None,
     ) -> Mismatch | None:
         dense = self.dense(strict, expected)
-        compact = _without_unread(dense, self.significant(made, strict))
+        compact = without_unread(dense, self.significant(made, strict))
         mates: dict[fx.Node, fx.Node] = {}
         before: fx.Node | None = None
         for want, got in zip(dense, compact, strict=False):
-            found = self.differs(want, got, strict) or _other_input(want, got, mates)
+            found = self.differs(want, got, strict) or other_input(want, got, mates)
             mates[want] = got
             if found is not None and (own in (None, want.meta["path"]) or not isinstance(found[0], (int, float))):
                 wanted, actual = found
-                got = _idle_slice(want, before, made) or got
+                got = idle_slice(want, before, made) or got
                 return Mismatch(self._place[want], str(want.meta["path"]), want, wanted, actual, got=got)
             before = got
         n = min(len(dense), len(compact))
@@ -241,7 +246,7 @@ class Replay:
             at = next((op for op in self.dense(True, expected) if self._place[op] > self._place[dense[n - 1]]), at)
         index = len(self.ops) if at is None else self._place[at]
         if error is not None:
-            skipped = None if at is None else _idle_slice(at, before, made)
+            skipped = None if at is None else idle_slice(at, before, made)
             return Mismatch(
                 index,
                 path if skipped is None else str(skipped.meta["path"]),
@@ -396,54 +401,6 @@ class Replay:
         if found is None or found.is_meta:  # on the meta device shapes have to do
             return None
         return self.alignment.kept_part(node, found)
-
-
-def _writes_all(node: fx.Node, shapes: Callable[[fx.Node], Any]) -> bool:
-    """Whether a slice is written that is all there is: a copy."""
-    return node.target is aten.slice_scatter.default and shapes(node) == shapes(node.all_input_nodes[-1])
-
-
-def _idle_slice(want: fx.Node, before: fx.Node | None, made: Sequence[fx.Node]) -> fx.Node | None:
-    """Where a slice is wanted, the compact one that takes all there is: that is not compared."""
-    if want.target is not aten.slice.Tensor:
-        return None
-    first = 0 if before is None else made.index(before) + 1
-    found = next((op for op in made[first:] if op.meta["path"] == want.meta["path"]), None)
-    if found is None or found.target not in (want.target, aten.alias.default) or "implied" in found.meta:
-        return None
-    return found if shapes_of(found)[0] == in_shape(found) else None
-
-
-def _without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> list[fx.Node]:
-    """Of the writes in a recording that was cut short which nothing had read by then, only those of the dense one."""
-    found: list[fx.Node] = []
-    for op in compact:
-        mate = dense[len(found)] if len(found) < len(dense) else None
-        written = mate is not None and "implied" in mate.meta and same_target(mate.target, op.target)
-        if written or "unread" not in op.meta:
-            found.append(op)
-    return found
-
-
-def _read(graph: Graph) -> set[fx.Node]:
-    """What an output depends on; how large the rest is does not matter."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.fx.nodes):
-        if node.op == "output" or not found.isdisjoint(node.users):
-            found.add(node)
-    return found
-
-
-def _other_input(want: fx.Node, got: fx.Node, mates: Mapping[fx.Node, fx.Node]) -> tuple[str, str] | None:
-    """What two matching calls read, where that does not match: by its size ``forward`` may choose what it reads."""
-    if len(want.all_input_nodes) != len(got.all_input_nodes):
-        return None
-    for a, b in zip(map(made_by, want.all_input_nodes), map(made_by, got.all_input_nodes), strict=True):
-        states = a.op == b.op == "get_attr" and not {"lifted", "inserted"} & (a.meta.keys() | b.meta.keys())
-        mate = mates.get(a)
-        if (states and a.target != b.target) or (mate not in (None, b) and b in mates.values()):
-            return f"a result of {a}", f"one of {b}"
-    return None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -7,6 +7,7 @@ number for an input of another size. So it is not known.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -104,9 +105,15 @@ def _meets(op: Op, inputs: Sequence[Own], shape: Sequence[int], axis: int) -> bo
     )
 
 
-def _moved(steps: Sequence[Step], src: Sequence[int], own: Own, ndim: int) -> Sequence[bool]:
+def _moved(steps: Sequence[Step], src: tuple[int, ...], own: Own, ndim: int) -> Sequence[bool]:
     """Through movement: an axis is own if all the axes are that it comes from."""
-    come: list[list[bool]] = [[] for _ in range(ndim)]
+    return [bool(axes) and all(own[axis] for axis in axes) for axes in _origins(tuple(steps), src, ndim)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _origins(steps: tuple[Step, ...], src: tuple[int, ...], ndim: int) -> list[list[int]]:
+    """The axes that each axis comes from through movement; a model's layers move alike."""
+    come: list[list[int]] = [[] for _ in range(ndim)]
     for axis, n in enumerate(src):
         if n > 1:
             ramp = torch.arange(n).reshape([n if d == axis else 1 for d in range(len(src))])
@@ -114,5 +121,5 @@ def _moved(steps: Sequence[Step], src: Sequence[int], own: Own, ndim: int) -> Se
                 ramp = step.move(ramp)
             for d in range(ndim):
                 if differs_along(ramp, d):
-                    come[d].append(own[axis])
-    return [bool(parts) and all(parts) for parts in come]
+                    come[d].append(axis)
+    return come

@@ -16,6 +16,7 @@ from maskprop.infer.facts import Fact, everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.places import VIEWS
 from maskprop.infer.rules.registry import Rule, register_rule
+from maskprop.infer.rules.reshaping import Shape
 from maskprop.infer.rules.steps import (
     Expand,
     Part,
@@ -23,7 +24,6 @@ from maskprop.infer.rules.steps import (
     Pick,
     Reshape,
     Roll,
-    Shape,
     Slice,
     Step,
     move_back,
