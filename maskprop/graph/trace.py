@@ -221,33 +221,44 @@ def plain_kernels() -> Iterator[None]:
 
     And batch norm as its kernel: the choice of one asks four times what only Python can answer about a fake tensor.
     """
-    fastpath, batch_norm = torch.backends.mha.get_fastpath_enabled(), torch.batch_norm
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.batch_norm = _batch_norm  # type: ignore[assignment]
     try:
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             _no_mkldnn(),
             torch.backends.cudnn.flags(enabled=False),
-            _groups_repeated(),
+            _wrapped(torch, "batch_norm", _chosen_batch_norm),
+            _wrapped(F, "scaled_dot_product_attention", _groups_repeated),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch.batch_norm = batch_norm
 
 
-_choose_batch_norm = torch.batch_norm
-
-
-def _batch_norm(x: Tensor, *args: Any) -> Tensor:
-    return torch.native_batch_norm(x, *args[:-1])[0] if x.numel() else _choose_batch_norm(x, *args)
+Function = Callable[..., Any]
 
 
 @contextmanager
-def _groups_repeated() -> Iterator[None]:
+def _wrapped(home: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
+    """Another function in the place of one, for a while."""
+    before = getattr(home, name)
+    setattr(home, name, wrap(before))
+    try:
+        yield
+    finally:
+        setattr(home, name, before)
+
+
+def _chosen_batch_norm(choose: Function) -> Function:
+    def batch_norm(x: Tensor, *args: Any) -> Any:
+        return torch.native_batch_norm(x, *args[:-1])[0] if x.numel() else choose(x, *args)
+
+    return batch_norm
+
+
+def _groups_repeated(plain: Function) -> Function:
     """Torch's attention repeats the keys and values of grouped queries before it does anything else."""
-    plain = F.scaled_dot_product_attention
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
@@ -256,11 +267,7 @@ def _groups_repeated() -> Iterator[None]:
             key, value = (_repeated(t, query.shape[-3] // t.shape[-3]) for t in (key, value))
         return plain(query, key, value, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
+    return attention
 
 
 def _repeated(heads: Tensor, times: int) -> Tensor:
