@@ -74,3 +74,21 @@ def test_a_module_that_is_compiled_is_followed_and_stays_compiled() -> None:
     graph = trace(model, split_inputs(torch.ones(2, 3)))
     assert [call.path for call in graph.history] == ["", "child", "child.fc"]
     assert model.child._compiled_call_impl is compiled
+
+
+class NamedArguments(nn.Module):
+    """Calls torch's batch norm itself, by the names of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        settings = {"training": False, "momentum": 0.1, "eps": norm.eps, "cudnn_enabled": False}
+        return torch.batch_norm(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, **settings)
+
+
+def test_batch_norm_called_by_the_names_of_its_arguments() -> None:
+    graph = trace(NamedArguments().eval(), split_inputs(torch.ones(2, 3)))
+    assert [op.target for op in graph.ops if "batch_norm" in str(op.target)] != []

@@ -251,8 +251,9 @@ def _wrapped(home: Any, name: str, wrap: Callable[[Function], Function]) -> Iter
 
 
 def _chosen_batch_norm(choose: Function) -> Function:
-    def batch_norm(x: Tensor, *args: Any) -> Any:
-        return torch.native_batch_norm(x, *args[:-1])[0] if x.numel() else choose(x, *args)
+    def batch_norm(*args: Any, **kwargs: Any) -> Any:
+        as_layers_do = not kwargs and args[0].numel() > 0
+        return torch.native_batch_norm(*args[:-1])[0] if as_layers_do else choose(*args, **kwargs)
 
     return batch_norm
 
