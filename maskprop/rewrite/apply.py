@@ -13,7 +13,7 @@ from maskprop.errors import PlanError
 from maskprop.modules import modules_by_path
 from maskprop.rewrite.authored import Patch, places_of_setting
 from maskprop.rewrite.edits import Edits, owner_of
-from maskprop.rewrite.leaves import update_leaves
+from maskprop.rewrite.leaves import following, update_leaves
 from maskprop.rewrite.patched import patched_class
 
 # Under these names modules hold the configuration that they share with their model.
@@ -31,8 +31,9 @@ def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     Raises:
         PlanError: the plan names a tensor that the model does not have, or of another shape.
     """
+    follows = following(edits.model, plan)
     apply_tensors(edits, plan, masks)
-    update_leaves(edits, plan)
+    update_leaves(edits, plan, follows)
     for change in plan.attributes:
         change_attribute(edits, change)
 

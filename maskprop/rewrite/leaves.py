@@ -19,14 +19,20 @@ Update = Callable[[nn.Module, "LeafPlan"], dict[str, object]]
 _UPDATES: dict[type, Update] = {}
 
 
-class LeafPlan:
-    """What the plan says about one module's own tensors."""
+class _UnlikeError(Exception):
+    """A subclass holds other tensors than its base, so that nothing is known of its attributes."""
 
-    def __init__(self, plan: Plan, path: str) -> None:
+
+class LeafPlan:
+    """What the plan says about one module's own tensors; without a plan, all of them stay."""
+
+    def __init__(self, plan: Plan | None, path: str) -> None:
         self._plan, self._dot = plan, path + "." if path else ""
 
     def blocks(self, key: str, count: int, tensor: Tensor) -> int:
         """Of ``count`` equal blocks of a tensor's rows, how many keep a row."""
+        if self._plan is None:
+            return count
         name = self._dot + key
         keeps = self._plan.keep.get(name, [])
         rows = next((k.index for k in keeps if k.axis == 0), None)
@@ -47,33 +53,58 @@ def leaf(*types: type) -> Callable[[Update], Update]:
     return add
 
 
-def update_leaves(edits: Edits, plan: Plan) -> None:
-    """Set the attributes of every leaf whose tensors shrank."""
-    modules = modules_by_path(edits.model, aliases=True)
+def following(model: nn.Module, plan: Plan) -> dict[str, set[str]]:
+    """The attributes of every leaf whose tensors will shrink that are what its class makes of its tensors.
+
+    Asked before anything shrinks: in a subclass an attribute may mean something else.
+    """
+    found = {}
+    modules = modules_by_path(model, aliases=True)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in plan.keep):
+        module = modules.get(path)
+        update = _update_of(module)
+        if module is not None and update is not None:
+            try:
+                dense = update(module, LeafPlan(None, path))
+            except _UnlikeError:
+                continue
+            found[path] = {name for name, value in dense.items() if getattr(module, name, value) == value}
+    return found
+
+
+def update_leaves(edits: Edits, plan: Plan, names: dict[str, set[str]]) -> None:
+    """Set the attributes of every leaf whose tensors shrank, those named by :func:`following`."""
+    modules = modules_by_path(edits.model, aliases=True)
+    for path, follows in names.items():
         module = modules[path]
-        update = next((_UPDATES[t] for t in type(module).__mro__ if t in _UPDATES), None)
-        if update is not None:
-            for name, value in update(module, LeafPlan(plan, path)).items():
-                if getattr(module, name, None) != value:
-                    edits.set_attribute(module, name, value)
+        update = _update_of(module)
+        assert update is not None
+        for name, value in update(module, LeafPlan(plan, path)).items():
+            if name in follows and getattr(module, name, None) != value:
+                edits.set_attribute(module, name, value)
 
 
-def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
-    tensor = getattr(module, name)
-    assert isinstance(tensor, Tensor)
+def _update_of(module: nn.Module | None) -> Update | None:
+    return next((_UPDATES[t] for t in type(module).__mro__ if t in _UPDATES), None)
+
+
+def _shape(module: nn.Module, name: str, axes: int | None = None) -> tuple[int, ...]:
+    """The shape of a tensor; ``_UnlikeError`` where a subclass holds no such tensor, or with other axes."""
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor) or axes not in (None, tensor.ndim):
+        raise _UnlikeError
     return tuple(tensor.shape)
 
 
 @leaf(nn.Linear)
 def _linear(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
-    out, into = _shape(module, "weight")
+    out, into = _shape(module, "weight", 2)
     return {"out_features": out, "in_features": into}
 
 
 @leaf(nn.Bilinear)
 def _bilinear(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
-    out, left, right = _shape(module, "weight")
+    out, left, right = _shape(module, "weight", 3)
     return {"out_features": out, "in1_features": left, "in2_features": right}
 
 
@@ -114,7 +145,7 @@ def _prelu(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
 
 @leaf(nn.Embedding, nn.EmbeddingBag)
 def _embedding(module: nn.Module, plan: LeafPlan) -> dict[str, object]:
-    rows, columns = _shape(module, "weight")
+    rows, columns = _shape(module, "weight", 2)
     return {"num_embeddings": rows, "embedding_dim": columns}
 
 

@@ -204,3 +204,30 @@ class ZeroV(Projections):
         n, t, _ = x.shape
         q, k, v = (p(x).view(n, t, 4, 3).transpose(1, 2) for p in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, 12))
+
+
+class Stacked(nn.Linear):
+    """Several linear layers in one, which has an axis more than its base."""
+
+    def __init__(self, count: int, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.weight = nn.Parameter(torch.randn(count, outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,noi->bno", x, self.weight)
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1],), "a.bias": ([0, 1],)},
+    {"a.weight": (6, 6), "a.bias": (6,), "b.weight": (3, 5, 6)},
+)
+class StackedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+        self.b = Stacked(3, 8, 5)
+        self.c = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).tanh())

@@ -380,3 +380,33 @@ class ALiteralAroundANorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).view(-1, 8)
         return self.b(self.norm(h).view(len(x), -1, 8))
+
+
+class OwnAffine(nn.LayerNorm):
+    """Normalises the last axis alone, and has a weight for each head, too."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__((heads, size))
+        self.normalized_shape = (size,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape) * self.weight + self.bias
+
+
+@case(
+    vectors(6),
+    {"a.weight": ([0, 1, 2, 3],), "a.bias": ([0, 1, 2, 3],), "n.weight": ([0],), "n.bias": ([0],)},
+    {"a.weight": (8, 6), "a.bias": (8,), "n.weight": (2, 4), "n.bias": (2, 4), "b.weight": (5, 8)},
+)
+class AffineByHeads(nn.Module):
+    """what a subclass means by an attribute of its base is no function of its tensors"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 12)
+        self.n = OwnAffine(3, 4)
+        self.b = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.n(self.a(x).view(-1, 3, 4))
+        return self.b(heads.flatten(1).tanh())
