@@ -634,3 +634,26 @@ class LastMaskUnread(Projections):
         h = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         self.masks(h)
         return h
+
+
+@case(
+    lambda n, g: torch.randn(n, 7, 12, generator=g),
+    {"v.weight": ([0, 1, 2],)},
+    {
+        "q.weight": (9, 12),
+        "k.weight": (9, 12),
+        "v.weight": (9, 12),
+        "q.bias": (9,),
+        "k.bias": (9,),
+        "v.bias": (9,),
+        "o.weight": (12, 9),
+    },
+)
+class TurnedAbout(Projections):
+    """tokens stand behind the channels, and the values are constant: constant @ softmax.T = constant"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).transpose(1, 2).reshape(x.shape[0], 4, 3, -1) for p in (self.q, self.k, self.v))
+        scores = (q.transpose(-2, -1) @ k).softmax(-1)
+        out = v @ scores.transpose(-2, -1)
+        return self.o(out.reshape(x.shape[0], -1, x.shape[1]).transpose(1, 2))

@@ -7,7 +7,8 @@ Algebra, as boolean products over the summed axis k (nz = may be non-zero, known
   counts as needed;
 * a unit k may leave where every term ``a[m, k] * b[k, n]`` that a needed result reads is a known zero, or where
   ``a``'s unit is a known constant that a bias or a carrier can stand for;
-* rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves.
+* rows that sum to one: ``softmax @ constant = constant``, which is how a head with constant values leaves; and the
+  same turned about, ``constant @ softmax.T``.
 """
 
 from __future__ import annotations
@@ -118,17 +119,18 @@ class MatMul(Rule):
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         o, a, b = self._factors(op, facts)
         y = o.lift(needed[0])
-        average = _average(a, b)
-        read = y & ~average
+        of_a, of_b = _averages(a, b)
+        read = y & ~of_a & ~of_b
         zero_b, nz_a = b.zero.transpose(-1, -2), (~a.zero).transpose(-1, -2)
         found = [needed[0]] * len(facts)
         into_a = bool_matmul(read, ~zero_b)
         if bool(a.zero.any()):  # where both factors are zero, one of them has to stay so: the first
             into_a = into_a | (bool_matmul(read, zero_b) & a.zero)
+        into_a = into_a | any_over(y & of_a, [y.ndim - 1])
         if is_weight(op.inputs[o.b]):  # large, and nothing asks which of its elements are needed
             into_b = everywhere(True, y.ndim)
         else:
-            into_b = bool_matmul(nz_a, read) | any_over(y & average, [y.ndim - 2])
+            into_b = bool_matmul(nz_a, read) | any_over(y & of_b, [y.ndim - 2])
         found[o.a] = into_a.squeeze(-2) if o.row else into_a
         found[o.b] = into_b.squeeze(-1) if o.column else into_b
         if o.bias is not None:
@@ -166,7 +168,8 @@ class MatMul(Rule):
     def _live(self, op: Op, c: Coupling, terms: Tensor) -> Tensor:
         """(.., 1, k): whether some needed result reads one of the terms through k, where ``b`` may not be zero."""
         o, a, b = self._factors(op, c.facts_of(op))
-        read = o.lift(c.needed_of(op)) & ~_average(a, b)
+        of_a, of_b = _averages(a, b)
+        read = o.lift(c.needed_of(op)) & ~of_a & ~of_b
         live = any_over(bool_matmul(read, (~b.zero).transpose(-1, -2)) & terms, [a.zero.ndim - 2])
         return live.expand(*live.shape[:-1], op.shapes[o.a][-1])
 
@@ -196,7 +199,8 @@ class MatMul(Rule):
 def _product(a: Fact, b: Fact, length: int, own: Callable[[], bool]) -> Fact:
     """``a @ b`` over a summed axis of ``length``, which is the model's ``own`` or may be another for other inputs."""
     nz_a, nz_b = ~a.zero, ~b.zero
-    average = _average(a, b)
+    of_a, of_b = _averages(a, b)
+    average = of_a | of_b
     # a term is unknown if it may be non-zero and one of its factors is unknown
     unknown = bool_matmul(nz_a & ~a.known, nz_b) | bool_matmul(nz_a, nz_b & ~b.known)
     known = average | ~unknown
@@ -213,13 +217,31 @@ def _product(a: Fact, b: Fact, length: int, own: Callable[[], bool]) -> Fact:
         value = left.expand(*left.shape[:-1], length) @ right.expand(*right.shape[:-2], length, right.shape[-1])
     if length > 1 and not own():  # the sum depends on the length
         known = known & (zero | average)
-    value = torch.where(average, right.narrow(-2, 0, 1), torch.where(zero, 0.0, value))
+    value = torch.where(of_a, left.narrow(-1, 0, 1), torch.where(zero, 0.0, value))
+    value = torch.where(of_b, right.narrow(-2, 0, 1), value)
     return Fact.of_value(value, known)
 
 
-def _average(a: Fact, b: Fact) -> Tensor:
-    """Result columns that are a convex combination of one and the same known row: broadcastable over the result."""
-    if a.row_axis != a.known.ndim - 1 or b.nothing or b.known.shape[-2] != 1:
+def _averages(a: Fact, b: Fact) -> tuple[Tensor, Tensor]:
+    """Results that average one and the same known value: of a row of ``a``, of a column of ``b``.
+
+    Both are broadcastable over the result.
+    """
+    if b.row_axis != b.known.ndim - 2:
+        return everywhere(False, b.known.ndim), _average(a, b)
+    return _average(_turned(b), _turned(a)).transpose(-1, -2), _average(a, b)
+
+
+def _average(weights: Fact, b: Fact) -> Tensor:
+    """Columns of ``weights @ b`` in which weights that sum to one average one and the same known value."""
+    if weights.row_axis != weights.known.ndim - 1 or b.nothing or b.known.shape[-2] != 1:
         return everywhere(False, b.known.ndim)
     value = b.value()
     return b.known & (value.amax(-2, keepdim=True) == value.amin(-2, keepdim=True))
+
+
+def _turned(fact: Fact) -> Fact:
+    """The transposed matrices."""
+    axis = fact.row_axis
+    turned = fact.map(lambda t: t.transpose(-1, -2))
+    return turned.with_rows(axis if axis is None or axis < fact.known.ndim - 2 else 2 * fact.known.ndim - 3 - axis)
