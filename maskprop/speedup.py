@@ -23,6 +23,7 @@ from maskprop.errors import (
     RewriteError,
     StageError,
     UnverifiedWarning,
+    VerifyError,
     WrappedModelError,
 )
 from maskprop.explain import Explainer
@@ -43,6 +44,7 @@ from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
 from maskprop.rewrite.repair import Repair
 from maskprop.rewrite.steps import RECORD, NewRecord, Snapshot
 from maskprop.rewrite.verification import Verification
+from maskprop.rewrite.verify import computes_as
 from maskprop.wrappers import find_wrapper
 
 log = logging.getLogger(__name__)
@@ -151,10 +153,26 @@ class ModelSpeedup:
             MaskpropError: see the errors of the stages; the model is then as it was.
         """
         with GARBAGE.ignored(), prune_masks_removed(self.model) if self._own_masks else nullcontext():
-            self.initialize_speedup()
-            self.infer_modules_masks()
-            self.replace_compressed_modules()
+            try:
+                self._run_stages()
+            except VerifyError as error:
+                if not self._traced_another_way():
+                    raise
+                log.info("%s Fake tensors take another way through it: tracing the real input.", error)
+                self.tracer = "concrete"
+                self._run_stages()
         return self.model
+
+    def _run_stages(self) -> None:
+        self.initialize_speedup()
+        self.infer_modules_masks()
+        self.replace_compressed_modules()
+
+    def _traced_another_way(self) -> bool:
+        """Whether the graph, made on fake tensors, is not that of a run on real ones."""
+        if self.tracer != "auto" or self.graph.concrete or self.read is not None or self.masks.activations:
+            return False
+        return not computes_as(self.graph, self.model, self.inference.masks, self.inputs)
 
     def initialize_speedup(self) -> None:
         """Trace the model and hand the masks to the inference.

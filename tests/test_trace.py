@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.zoo.check import masked_reference, relative_error
 from benchmarks.zoo.specimen import Inputs, call
@@ -171,6 +172,18 @@ def test_the_tracers_agree() -> None:
     lines = [str(graph) for graph in graphs]
     assert lines[0].count("\n") >= 8
     assert len(set(lines)) == 1
+
+
+def test_a_model_that_asks_whether_it_is_traced_is_traced_on_the_real_input() -> None:
+    def body(net: Net, x: Tensor) -> Tensor:
+        hidden = torch.relu(net.fc1(x))
+        return net.fc2(hidden if isinstance(x, FakeTensor) else hidden * hidden)
+
+    net = Net(body)
+    before = shrunk(net)
+    speedup = sped_up(net)
+    assert speedup.graph.concrete
+    assert shrunk(net, before) == HIDDEN
 
 
 def test_a_value_on_the_meta_device_is_missed_with_an_error() -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -179,6 +180,13 @@ class Reference:
             ):
                 found.append(path or "the output")
         return found
+
+
+def computes_as(graph: Graph, model: nn.Module, masks: Mapping[str, Tensor], inputs: Inputs) -> bool:
+    """Whether a graph gives what the model does: where code asks whether it is traced, it may go another way then."""
+    reference = Reference(graph, masked_runner(graph, masks), [inputs])
+    with masked_tensors(model, masks):
+        return reference.compare(partial(run_model, model)).passed
 
 
 def first_difference(graph: Graph, values: Values, alignment: Alignment, compact: Graph, inputs: Inputs) -> str:
