@@ -64,6 +64,13 @@ def couple(
         if node.op == "get_attr" and node not in inference.left and _is_state_weight(node):
             c.node = node.name
             _tie_state(node, c)
+    for node, last in inference.renewed():
+        if last is None:
+            _keep(node, c, "is written to where no op shows it")
+            continue
+        c.node = last.name
+        for before, after in zip(c.labels_of(node), c.labels_of(last), strict=True):
+            c.equal(before, after)
     return c
 
 

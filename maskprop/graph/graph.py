@@ -93,6 +93,8 @@ class Graph:
         training: whether the author's modules ran in training mode.
         opaque: whether a tensor turned up that no recorded op made (``forward`` may have left torch in between).
         mutated: buffers that ``forward`` writes to.
+        renewed: the tensors of :attr:`state` that a call leaves changed, and the nodes of what the next one reads;
+            ``None`` where that is not seen.
         hooked: paths of modules whose calls have hooks.
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
@@ -108,6 +110,7 @@ class Graph:
     training: bool = False
     opaque: bool = False
     mutated: set[str] = field(default_factory=set)
+    renewed: dict[str, Node | None] = field(default_factory=dict)
     hooked: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)

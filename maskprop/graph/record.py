@@ -21,7 +21,7 @@ from maskprop.graph.graph import MUTABLE_STATISTICS, Graph, ModuleCall, TensorMe
 from maskprop.graph.numbers import number_of
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
-from maskprop.modules import modules_by_path, named_tensors
+from maskprop.modules import modules_by_path, named_tensors, own_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
 _QUERIES = {
@@ -168,10 +168,25 @@ class Recorder(TorchDispatchMode):
     def finish(self, outputs: list[tuple[str, Tensor]]) -> Graph:
         """Close the graph with its outputs."""
         nodes = [self._node(t) for _, t in outputs]
+        if not self.on_meta and any(t.is_meta for _, t in self._names.values()):
+            raise RuntimeError("forward gave a tensor of the model the memory of a fake one, by setting its `data`")
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
         self.drop_unread()
+        self.graph.renewed = dict(self._renewed())
         return self.graph
+
+    def _renewed(self) -> Iterator[tuple[str, fx.Node | None]]:
+        """The model's tensors that were read and then written to, or replaced by others, and their last values."""
+        modules = {path: module for module, path in self._paths.items()}
+        for name, node in self._states.items():
+            tensor, (path, _, key) = self.graph.state[name], name.rpartition(".")
+            if path in modules and not isinstance(tensor, nn.Parameter):
+                tensor = own_tensors(modules[path], bare=True).get(key, tensor)
+            value = self._values.get(id(tensor))
+            last = None if value is None else value.node
+            if last is not node:
+                yield name, last
 
     def drop_unread(self) -> None:
         """Erase the calls that were only implied and that nothing reads."""
@@ -185,9 +200,10 @@ class Recorder(TorchDispatchMode):
 
     def _unread_nodes(self) -> list[fx.Node]:
         found: dict[fx.Node, None] = {}
+        remembered = {node for _, node in self._renewed()}
         for node in reversed(self.graph.fx.nodes):
             implied = node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem
-            if implied and found.keys() >= node.users.keys():
+            if implied and found.keys() >= node.users.keys() and node not in remembered:
                 found[node] = None
         return list(found)
 
@@ -305,16 +321,16 @@ class Recorder(TorchDispatchMode):
         if emit is not None:
             return self._bind(tensor, emit())
         found = self._names.get(id(tensor))
-        name = found[0] if found else None
-        if name is None and not tensor.is_sparse:  # `parameter.data`, say: another object, same memory
-            name = self._storages.get(tensor.untyped_storage()._cdata)
-            if name is not None:
-                owner = next(t for n, t in self._names.values() if n == name)
-                if owner.shape != tensor.shape or owner.stride() != tensor.stride():
-                    name = None
-        return self._bind(
-            tensor, self._lift(tensor) if name is None else self._state(name, found[1] if found else tensor)
-        )
+        if found is not None:
+            return self._bind(tensor, self._state(*found))
+        same = self._storages.get(tensor.untyped_storage()._cdata) if not tensor.is_sparse else None
+        if same is not None:  # `parameter.data`, say: another object, same memory
+            owner = next(t for n, t in self._names.values() if n == same)
+            if owner.shape == tensor.shape and owner.stride() == tensor.stride():
+                value = self._values[id(tensor)] = self._values.get(id(owner)) or self._adopt(owner)
+                self._keep.append(tensor)
+                return value
+        return self._bind(tensor, self._lift(tensor))
 
     def _lift(self, constant: Tensor) -> fx.Node:
         """The node of a tensor that ``forward`` made of numbers."""

@@ -330,14 +330,16 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
                     empty.append(table)
         if module.training:
             module.__dict__["training"] = False
-    written = [(b, b._version, b.detach().clone()) for b in buffers.values()]
+    written = [(b, b._version, b.data, b.detach().clone()) for b in buffers.values()]
     try:
         with caches_emptied(modules), generators_kept():
             yield
     finally:
         with torch.no_grad():
-            for buffer, version, content in written:
-                if buffer._version != version:
+            for buffer, version, data, content in written:
+                if buffer.is_meta or buffer.data_ptr() != data.data_ptr():
+                    buffer.data = data
+                if buffer._version != version or not torch.equal(data, content):
                     buffer.copy_(content)
         for table in empty:
             table.clear()

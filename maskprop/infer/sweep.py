@@ -6,7 +6,7 @@ The forward rules do not read neededness, so one round of closed-form rules is t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ class Inference:
         self.facts = Facts()
         self.left: dict[fx.Node, StandIn | None] = {}
         self.unlike: Mapping[fx.Node, Tensor] = {}
+        self._fleeting: dict[fx.Node, Tensor] = {}
         self.ops: dict[fx.Node, Op] = {}
         self._rules: dict[fx.Node, Rule] = {}
 
@@ -86,18 +87,58 @@ class Inference:
         return self.facts
 
     def forward(self) -> None:
-        """Derive what is known, from inputs to outputs."""
+        """Derive what is known, from inputs to outputs.
+
+        Tensors that a call of the model leaves changed are known where they stay the same: the next call reads those.
+        """
         for node in self.graph.fx.nodes:
             self.update_direct(node)
         self.facts.sweeps += 1
+        changed = dict(self._changed())
+        for node, where in changed.items():
+            self._fleeting[node] = self._fleeting[node] | where if node in self._fleeting else where
+        if changed:
+            self.forward()
+
+    def _changed(self) -> Iterator[tuple[fx.Node, Tensor]]:
+        """What is taken for known of the model's tensors and is not the same after the call."""
+        for node, last in self.renewed():
+            fact = self.facts.known[node]
+            changed = fact.known
+            if last is not None:
+                after = self.facts.known[last]
+                changed = fact.known & ~((fact.zero & after.zero) | (after.known & (fact.value() == after.value())))
+            if bool(changed.any()):
+                yield node, changed
 
     def backward(self) -> None:
         """Derive what is needed, from outputs to inputs."""
         self.facts.needed.clear()
+        self._send_back()
+        while self._need_next():
+            self._send_back()
+
+    def _send_back(self) -> None:
         for node in reversed(self.graph.fx.nodes):
             if self.graph.may_be_read(node) and isinstance(node.meta["tensor"], TensorMeta):
                 self._need(node, _all(node))
             self.update_indirect(node)
+
+    def _need_next(self) -> bool:
+        """Whether the next call needs more of what this one leaves in the model's tensors than was taken for needed."""
+        needed, more = self.facts.needed, False
+        for node, last in self.renewed():
+            if node in needed and last is not None:
+                more |= last not in needed or bool((needed[node] & ~needed[last]).any())
+                self._need(last, needed[node])
+        return more
+
+    def renewed(self) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+        """The model's tensors that a call leaves changed, and what the next call reads there, if that is seen."""
+        for node in self.graph.fx.nodes if self.graph.renewed else ():
+            if node.op == "get_attr" and node.target in self.graph.renewed:
+                last = self.graph.renewed[str(node.target)]
+                yield node, last if last is not None and shape_of(last) == shape_of(node) else None
 
     def forget(self, unlike: Mapping[fx.Node, Tensor]) -> None:
         """Run both sweeps again without what is known of some elements of values."""
@@ -154,8 +195,9 @@ class Inference:
         elif node.op == "call_function":
             op = self.op(node)
             known[node] = self.rule(node).known(op, [known[n] for n in op.inputs])
-        if node in self.unlike:
-            known[node] = known[node].without(self.unlike[node])
+        for less in (self.unlike, self._fleeting):
+            if node in less:
+                known[node] = known[node].without(less[node])
 
     def update_indirect(self, node: fx.Node) -> None:
         """Send one node's neededness to its inputs."""

@@ -131,11 +131,16 @@ def without_unread(dense: Sequence[fx.Node], compact: Sequence[fx.Node]) -> list
 
 
 def read_nodes(graph: Graph) -> set[fx.Node]:
-    """What an output depends on; how large the rest is does not matter."""
+    """What an output depends on, of this call or the next; how large the rest is does not matter."""
     found: set[fx.Node] = set()
-    for node in reversed(graph.fx.nodes):
-        if node.op == "output" or not found.isdisjoint(node.users):
-            found.add(node)
+    count = -1
+    while len(found) > count:
+        count = len(found)
+        for node in reversed(graph.fx.nodes):
+            if node.op == "output" or not found.isdisjoint(node.users):
+                found.add(node)
+            if node in found and node.op == "get_attr" and (last := graph.renewed.get(str(node.target))) is not None:
+                found.add(last)
     return found
 
 
