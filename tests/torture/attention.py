@@ -657,3 +657,30 @@ class TurnedAbout(Projections):
         scores = (q.transpose(-2, -1) @ k).softmax(-1)
         out = v @ scores.transpose(-2, -1)
         return self.o(out.reshape(x.shape[0], -1, x.shape[1]).transpose(1, 2))
+
+
+@case(
+    lambda n, g: torch.randn(n, 5, 12, generator=g),
+    {"v.weight": ([0, 1, 2],)},
+    {
+        "q.weight": (9, 12),
+        "k.weight": (9, 12),
+        "v.weight": (9, 12),
+        "q.bias": (9,),
+        "k.bias": (9,),
+        "v.bias": (9,),
+        "o.weight": (12, 9),
+    },
+)
+class BehindAClassToken(Projections):
+    """the values of one head are constant, those of the token in front too, in all heads"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        q, k, v = (p(x).unflatten(-1, (4, 3)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.o(out.transpose(1, 2).flatten(2))

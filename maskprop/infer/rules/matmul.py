@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Contraction, Coupling, Labels
-from maskprop.infer.facts import Fact, any_over, bool_matmul, everywhere, reduce_to
+from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul, everywhere, reduce_to
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, is_weight, weight_place
 from maskprop.infer.rules.convolution import same_in_all_calls, unit_constants
@@ -234,10 +234,13 @@ def _averages(a: Fact, b: Fact) -> tuple[Tensor, Tensor]:
 
 def _average(weights: Fact, b: Fact) -> Tensor:
     """Columns of ``weights @ b`` in which weights that sum to one average one and the same known value."""
-    if weights.row_axis != weights.known.ndim - 1 or b.nothing or b.known.shape[-2] != 1:
+    if weights.row_axis != weights.known.ndim - 1 or b.nothing:
         return everywhere(False, b.known.ndim)
+    known = all_over(b.known, [b.known.ndim - 2])
+    if not bool(known.any()):
+        return known
     value = b.value()
-    return b.known & (value.amax(-2, keepdim=True) == value.amin(-2, keepdim=True))
+    return known & (value.amax(-2, keepdim=True) == value.amin(-2, keepdim=True))
 
 
 def _turned(fact: Fact) -> Fact:
