@@ -32,7 +32,7 @@ from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
 from maskprop.graph.resize import at_other_sizes
 from maskprop.graph.trace import Inputs, Tracer, quiet, split_inputs, trace
-from maskprop.infer.sizes import lasting
+from maskprop.infer.sizes import lasting, look_up
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.modules import modules_by_path, named_tensors
@@ -315,12 +315,9 @@ class ModelSpeedup:
 
     def _at_other_sizes(self) -> Iterator[Inference]:
         """The model at other sizes than the dummy input's: for each pass, what is known there."""
-        for graph in at_other_sizes(self.inputs, self._try_trace):
-            other = Inference(graph, self.inference.masks, self.inference_mode, self.confidence, self.generator)
-            other.forward()
-            yield other
+        return at_other_sizes(self.inputs, self._try_sizes)
 
-    def _try_trace(self, inputs: Inputs) -> Graph | None:
+    def _try_sizes(self, inputs: Inputs) -> Inference | None:
         """A pass on other inputs, on such tensors as the first one; ``None`` where the model refuses them."""
         tracer = self.tracer if callable(self.tracer) or not self.graph.concrete else "concrete"
         try:
@@ -328,10 +325,13 @@ class ModelSpeedup:
                 graph = trace(self.model, inputs, "fake" if tracer == "auto" else tracer, self.masks.parameters)
             graph.read = self.read
             insert_activation_masks(graph, self.model, self.masks.activations)
-        except MaskpropError as error:
+            other = Inference(graph, self.inference.masks, self.inference_mode, self.confidence, self.generator)
+            other.forward()
+            look_up(other)
+        except (MaskpropError, IndexError, RuntimeError) as error:
             log.info("the model does not run at other sizes: %s", error)
             return None
-        return graph
+        return other
 
     def _customize(self, alignment: Alignment) -> tuple[Plan, list[str]]:
         assert self._edits is not None

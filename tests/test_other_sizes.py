@@ -65,6 +65,26 @@ def test_a_branch_of_constants_under_a_sum_over_space(pool: str) -> None:
     assert left >= 3 * 4 + 2 * 4  # the branch reads no image any more
 
 
+class Strided(nn.Module):
+    """Whether windows that move by two places reach over the last border, the size tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, stride=2, padding=1)
+        self.side, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(10, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mid(self.first(x).relu())
+        return self.head(torch.cat([F.interpolate(y.relu(), x.shape[2:]), self.side(x)], 1)).mean((2, 3)) + y.amin()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_constants_at_another_border(seed: int) -> None:
+    torch.manual_seed(seed)
+    masks = {"first.weight": torch.zeros(4, 3, 1, 1)}
+    check(Strided(), masks, torch.randn(2, 3, 6, 6), torch.randn(2, 3, 9, 9), torch.randn(1, 3, 12, 7))
+
+
 class Time(nn.Module):
     """Constants beside what is another number at the ends of a sequence."""
 

@@ -29,6 +29,7 @@ class Layers(nn.Module):
         super().__init__()
         self.first, self.mid, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         self.key, self.cell, self.recurrent = nn.Linear(6, 8), nn.GRUCell(6, 8), nn.LSTM(6, 8, batch_first=True)
+        self.table = nn.Parameter(torch.ones(16, 8))
         self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,6 +89,10 @@ TIME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "cell": over_time,
     "layers": lambda m, x: m.recurrent(x)[0][:, -1],
     "another way": in_halves,
+    "row of a table": lambda m, x: m.first(x).relu() + m.table[x.shape[1] - 1],
+    "mean of rows": lambda m, x: m.first(x).relu() * m.table[: x.shape[1]].mean(0),
+    "length looked up": lambda m, x: m.first(x).relu() + F.embedding(torch.tensor(x.shape[1] - 1), m.table),
+    "repeated row": lambda m, x: m.first(x).relu() + m.table[0].expand(x.shape[1], 8).cumsum(0).mean(0),
 }
 SPACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "height": lambda x, y: y * x.shape[2],
@@ -139,6 +144,24 @@ def test_other_lengths_and_batches(form: str, masks: Callable[[nn.Module], dict[
 def test_other_images(form: str, masks: Callable[[nn.Module], dict[str, Tensor]]) -> None:
     model = Pixels(SPACE[form]).double().eval()
     check(model, masks(model), (3, 3, 6, 6), (1, 3, 6, 6), (3, 3, 9, 8), (2, 3, 4, 12))
+
+
+TABLES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "slice": lambda m, x: m.first(x) * m.table[: x.shape[1]],
+    "indices": lambda m, x: m.first(x) * m.table[torch.arange(x.shape[1])],
+    "embedding": lambda m, x: m.first(x) * F.embedding(torch.arange(x.shape[1]), m.table),
+    "and one more": lambda m, x: m.first(x) * m.table[: x.shape[1]].mean(0) + m.table[x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_rows_of_a_table_that_only_a_longer_input_reads(form: str) -> None:
+    """All that the dummy reads is masked."""
+    model = Layers(TABLES[form]).double().eval()
+    rows = (torch.arange(16) > 6).double().reshape(16, 1)
+    check(model, {"table": rows}, (2, 6, 6), (3, 6, 6), (1, 9, 6), (2, 3, 6))
+    zero = {"table": (torch.arange(8) % 2).double()}
+    assert compact(Layers(TABLES[form]).double().eval(), zero, torch.randn(2, 6, 6).double())[1] == 4 * (6 + 1 + 16 + 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6), (3, 1, 6), (6, 6, 6), (8, 8, 6)])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from maskprop.graph.graph import Graph
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.graph.trace import Inputs
 
+Pass = TypeVar("Pass")
 # Axes that change together: those of a size, or of a size and a place.
 Group = tuple[int, ...]
 Key = Callable[[int, int], Group]
 
 
-def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Iterator[Graph]:
+def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Pass | None]) -> Iterator[Pass]:
     """Passes in which the sizes of the inputs are others, each of those that ``forward`` takes in one of them at least.
 
     One pass is enough for most models: all sizes are changed but one, the channels, and each by another factor.
@@ -32,9 +33,9 @@ def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Ite
             yield from _alone(inputs, run, axis, _by_axis)
     for kept in (None, *groups):
         changed = [g for g in groups if g != kept]
-        graph = run(_resized(inputs, {g: 2.0 + i for i, g in enumerate(changed)}, _by_axis)) if changed else None
-        if graph is not None:
-            yield graph
+        made = run(_resized(inputs, {g: 2.0 + i for i, g in enumerate(changed)}, _by_axis)) if changed else None
+        if made is not None:
+            yield made
             if kept is not None:
                 yield from _alone(inputs, run, kept, _by_axis)
             return
@@ -42,15 +43,15 @@ def at_other_sizes(inputs: Inputs, run: Callable[[Inputs], Graph | None]) -> Ite
         yield from _alone(inputs, run, group, _by_size)
 
 
-def _alone(inputs: Inputs, run: Callable[[Inputs], Graph | None], group: Group, key: Key) -> Iterator[Graph]:
+def _alone(inputs: Inputs, run: Callable[[Inputs], Pass | None], group: Group, key: Key) -> Iterator[Pass]:
     """A pass in which only one group of axes is of another size: longer, or shorter where there is a longest size.
 
     Where ``forward`` takes neither, its axes may be equal by chance, as a batch that is as large as the channels are.
     """
     for factor in (2.0, 0.5) if group[0] > 1 else (2.0,):
-        graph = run(_resized(inputs, {group: factor}, key))
-        if graph is not None:
-            yield graph
+        made = run(_resized(inputs, {group: factor}, key))
+        if made is not None:
+            yield made
             return
     if key is _by_size:
         for one in _groups(inputs, _by_axis):

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 
 from maskprop.graph.graph import is_op, shape_of
 from maskprop.graph.trace import of_torch
-from maskprop.infer.facts import Fact, all_over, broadcast_shape, everywhere, lead
+from maskprop.infer.facts import Fact, all_over, broadcast_shape, differs_along, everywhere, lead, squash
 from maskprop.infer.places import VIEWS
 from maskprop.infer.rules.joining import Cat
 from maskprop.infer.rules.movement import Movement, Parts
@@ -30,6 +30,12 @@ from maskprop.infer.sweep import Inference
 
 log = logging.getLogger(__name__)
 
+aten = torch.ops.aten
+
+# Calls that take a part of a value, and those that repeat it: which one, or how often, may be a size.
+_LOOKS_UP = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
+_TAKES = {aten.slice.Tensor, aten.select.int, *_LOOKS_UP}
+_REPEATS = {aten.expand.default, aten.repeat.default}
 # Numbers that no one makes of a size: what keeps a division finite, say, or how far an image is stretched.
 _LITERALS = {"eps", "momentum", "p", "scale_factors", "scales", "scales_h", "scales_w", "scales_d"}
 
@@ -46,20 +52,26 @@ def lasting(inference: Inference, used: Mapping[fx.Node, Tensor], others: Iterab
     Returns:
         Whether all facts stay.
     """
-    if not any(_in_doubt(node, inference) for node in inference.graph.fx.nodes):
+    if not any(_in_doubt(node, inference) or _has_another_border(node, inference) for node in inference.graph.fx.nodes):
         return True
     sources = made_of(inference, {**_zeros_made(inference), **used})
     doubts = {node for node in sources if _in_doubt(node, inference, sources)}
-    if not doubts:
-        return True
-    log.info("tracing at other sizes, for %s", ", ".join(node.name for node in doubts))
-    unlike: dict[fx.Node, Tensor] = {}
-    for other in others:
-        for node, differs in _compare(inference, other, doubts):
+    unlike: dict[fx.Node, Tensor] = {node: sources[node] for node in sources if _has_another_border(node, inference)}
+    if doubts:
+        log.info("tracing at other sizes, for %s", ", ".join(node.name for node in doubts))
+    for other in others if doubts else ():
+        for node, differs in itertools.chain(_compare(inference, other, doubts), _other_parts(inference, other)):
             unlike[node] = unlike[node] | differs if node in unlike else differs
     if unlike:
         inference.forget(unlike)
     return not unlike
+
+
+def look_up(inference: Inference) -> None:
+    """Take from tables what is taken at known places: at another size that may fail, as the model then does."""
+    for node in inference.graph.fx.nodes:
+        if node.target in _LOOKS_UP and _takes_some(node, inference):
+            inference.facts.known[node].value()
 
 
 def made_of(inference: Inference, used: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Any]:
@@ -92,13 +104,43 @@ def _zeros_made(inference: Inference) -> dict[fx.Node, Tensor]:
         made_of_numbers = node.op == "call_function" and tables.issuperset(node.all_input_nodes)
         if "lifted" in node.meta or made_of_numbers or (is_op(node) and isinstance(inference.rule(node), Uniform)):
             tables.add(node)
-        elif is_op(node) and torch.Tag.pointwise in node.target.tags:
+        elif is_op(node) and (torch.Tag.pointwise in node.target.tags or _takes_some(node, inference)):
             fact = known[node]
             if isinstance(fact, Fact) and not fact.plain and bool(fact.zero.any()):
-                made = fact.zero & ~_zero_before(node, inference, tables)
-                if bool(made.any()):
-                    found[node] = made
+                pointwise = torch.Tag.pointwise in node.target.tags
+                before = _zero_before(node, inference, tables) if pointwise else _zero_all_along(node, inference)
+                if bool((fact.zero & ~before).any()):
+                    found[node] = fact.zero & ~before
     return found
+
+
+def _takes_some(node: fx.Node, inference: Inference) -> bool:
+    """Whether a call takes a part of a table, as the first so many positions."""
+    return node.target in _TAKES and all(inference.facts.known[n].total for n in node.all_input_nodes)
+
+
+def _zero_all_along(node: fx.Node, inference: Inference) -> Tensor:
+    """The zeros of what a call takes from a table, of those that are there wherever it is taken from."""
+    op = inference.op(node)
+    table, *others = (inference.facts.known[n] for n in op.inputs)
+    if node.target is aten.index.Tensor:
+        axes = [i for i, index in enumerate(op.arg("indices")) if index is not None]
+    else:
+        axes = [op.arg("dim", 0) % max(1, table.known.ndim)]
+    taken = inference.rule(node).known(op, [Fact.zeros(all_over(table.zero, axes)), *others])
+    assert isinstance(taken, Fact)
+    return taken.zero
+
+
+def _has_another_border(node: fx.Node, inference: Inference) -> bool:
+    """Whether a window that moves on by several places sees constants with another border at another size."""
+    fact = inference.facts.known.get(node)
+    if not is_op(node) or not isinstance(fact, Fact) or not fact.total:
+        return False
+    stride, padding = (inference.op(node).arg(name) for name in ("stride", "padding"))
+    if not stride or not padding or max(stride) == 1 or max(padding) == 0:
+        return False
+    return any(differs_along(fact.value(), axis) for axis in range(fact.known.ndim - len(stride), fact.known.ndim))
 
 
 def _zero_before(node: fx.Node, inference: Inference, tables: Collection[fx.Node] = ()) -> Tensor:
@@ -120,6 +162,8 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
     authored = kind is None or not of_torch(kind) or node.meta["path"] in inference.graph.hooked
+    if (authored or node.target in _LOOKS_UP) and node.target in (*_TAKES, *_REPEATS):
+        return _takes_some(node, inference) if node.target in _TAKES else inference.facts.known[inputs[0]].total
     number = authored and bool(_numbers(node))
     repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
     doubtful = number or any(repeated) or _chained(node, sources)
@@ -208,6 +252,22 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
             yield from _nonzero(node, a)
 
 
+def _other_parts(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, Tensor]]:
+    """The zeros of what calls take from a table, where they take something else in another pass: it may be none."""
+    theirs: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in b.graph.fx.nodes:
+        if _takes_some(node, b):
+            theirs[node.meta["path"], node.target].append(node)
+    for node in a.graph.fx.nodes:
+        if not _takes_some(node, a):
+            continue
+        others = theirs[node.meta["path"], node.target]
+        other = others.pop(0) if others else None
+        where = [[v for v in n.args if not isinstance(v, fx.Node)] for n in (node, other) if n is not None]
+        if len(where) < 2 or where[0] != where[1]:
+            yield node, a.facts.known[node].zero & ~_zero_all_along(node, a)
+
+
 def _lifted_apart(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors that ``forward`` made of numbers are not equal."""
     if not ("lifted" in a.meta and "lifted" in b.meta):
@@ -270,6 +330,8 @@ def _differs(one: fx.Node, a: Fact, two: fx.Node, b: Fact) -> Tensor:
     if len(axes) < 2 or len(axes) != len(theirs):
         return _unlike(a, b)
     found = _unlike(a.map(lambda t: _apart(t, axes)), b.map(lambda t: _apart(t, theirs)))
+    if max(found.shape[: len(axes)]) > 1:
+        found = found.expand(*axes, *found.shape[len(axes) :])
     return found.flatten(0, len(axes) - 1)
 
 
@@ -298,6 +360,7 @@ def _unlike(a: Fact, b: Fact) -> Tensor:
         return a.known & False
     if a.known.ndim != b.known.ndim:
         return a.known & ~a.zero
+    a = a.map(squash)  # what is the same all along an axis has to be so
     shape = broadcast_shape(a.known.shape, a.value().shape)
     longer = [d for d, (n, m) in enumerate(zip(shape, broadcast_shape(b.known.shape, b.value().shape), strict=True))
               if n != m and n > 1 and m > 1]  # fmt: skip
