@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,12 +105,19 @@ def by_tolist(net: Net, x: Tensor) -> Tensor:
     return sum(net.fc2(F.relu(net.fc1(x * n))) for n in steps)
 
 
+def by_equal(net: Net, x: Tensor) -> Tensor:
+    h = net.fc1(x)
+    return net.fc2(h.relu()) * (1 + torch.equal(x, x + 0))
+
+
 def by_numpy(net: Net, x: Tensor) -> Tensor:
     return net.fc2(F.relu(net.fc1(x))) * float(x.sign().abs().numpy().max())
 
 
 @pytest.mark.parametrize(
-    "body", [by_item, by_bool, by_len_of_nonzero, by_boolean_index, by_tolist, by_numpy], ids=lambda body: body.__name__
+    "body",
+    [by_item, by_bool, by_len_of_nonzero, by_boolean_index, by_tolist, by_numpy, by_equal],
+    ids=lambda body: body.__name__,
 )
 def test_a_value_that_python_reads_asks_for_the_real_input(body: Callable[..., Any]) -> None:
     net = Net(body)
@@ -172,6 +180,35 @@ def test_the_tracers_agree() -> None:
     lines = [str(graph) for graph in graphs]
     assert lines[0].count("\n") >= 8
     assert len(set(lines)) == 1
+
+
+@pytest.mark.parametrize("read", [Tensor.tolist, Tensor.numpy, np.asarray, Tensor.nonzero], ids=lambda f: f.__name__)
+def test_what_python_reads_of_a_hidden_value_keeps_its_units(read: Callable[[Tensor], Any]) -> None:
+    net = Net(lambda net, x: net.fc2(net.fc1(x).relu()) * (1 + len(read(net.fc1(x).mean(0).exp()))))
+    sped_up(net)
+    assert shrunk(net) == {}
+
+
+def test_on_the_real_input_too_what_nothing_reads_is_not_needed() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(12, 4, batch_first=True), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            padding = None if mask.all() else ~mask
+            return self.out(self.attention(x, x, x, key_padding_mask=padding)[0])
+
+    net = Masked().eval()
+    kept = torch.arange(12).repeat(3) >= 6  # two of four heads
+    masks = {"attention.in_proj_weight": kept[:, None].float(), "attention.in_proj_bias": kept.float()}
+    masked = masked_reference(net, masks)
+    speedup = ModelSpeedup(net, (torch.randn(2, 5, 12), torch.ones(2, 5).bool()), masks)
+    speedup.speedup_model()
+    assert speedup.graph.concrete
+    assert net.attention.in_proj_weight.shape == (18, 12)
+    fresh = torch.randn(3, 4, 12), torch.ones(3, 4).bool()
+    assert relative_error(net(*fresh).detach(), masked(*fresh).detach()) <= 1e-5
 
 
 def test_a_model_that_asks_whether_it_is_traced_is_traced_on_the_real_input() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
@@ -129,8 +130,10 @@ class Graph:
         return [n for n in self.fx.nodes if is_op(n)]
 
     def may_be_read(self, node: Node) -> bool:
-        """Whether Python may have read a value: it did, or it had real ones at hand and no op reads this one."""
-        return "read" in node.meta or (self.concrete and node.op == "call_function" and not node.users)
+        """Whether Python may have read a value: it did, or its shape says how many there were and no op reads it."""
+        if "read" in node.meta or not self.concrete or node.users:
+            return "read" in node.meta
+        return isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
 
     def value(self, name: str) -> Tensor:
         """The value of a tensor in :attr:`state`, detached; read from elsewhere if the model is on the meta device.

@@ -36,6 +36,9 @@ _QUERIES = {
 
 _DEVICE = torch.ops.prim.device.default
 
+# Methods that give Python what a tensor holds, and call no op for it.
+_READERS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage")
+
 _CALL = "_compiled_call_impl"
 
 _Place = tuple[str, int, type]
@@ -138,6 +141,29 @@ class Recorder(TorchDispatchMode):
                 attributes.pop(_CALL, None)
                 if compiled is not None:
                     attributes[_CALL] = compiled
+
+    @contextmanager
+    def noting_readers(self) -> Iterator[None]:
+        """Note which values Python reads where no op shows it."""
+
+        def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(method)
+            def reader(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                value = self._values.get(id(tensor))
+                if value is not None:
+                    self._note_read(value.current(self._emit))
+                return method(tensor, *args, **kwargs)
+
+            return reader
+
+        own = {name: vars(Tensor).get(name) for name in _READERS}
+        for name in _READERS:
+            setattr(Tensor, name, noting(getattr(Tensor, name)))
+        try:
+            yield
+        finally:
+            for name, method in own.items():
+                delattr(Tensor, name) if method is None else setattr(Tensor, name, method)
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module."""
@@ -262,6 +288,10 @@ class Recorder(TorchDispatchMode):
                     self._bind(item, emit(), *view)
                 else:
                     self._postpone(item, emit)
+        elif result is not None:  # a number that was made of them
+            for node in itertools.chain(node_args, node_kwargs.values()):
+                if isinstance(node, fx.Node):
+                    self._note_read(node)
 
     def _record_write(
         self, op: OpOverload, args: Any, kwargs: Any, node_args: Any, node_kwargs: dict[str, Any], result: Any

@@ -173,6 +173,8 @@ def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
         for i, (path, tensor) in enumerate(tensors_in(inputs)):
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs
+        if recorder.graph.concrete:
+            stack.enter_context(recorder.noting_readers())
         try:
             with recorder.module_paths(), recorder:
                 output = model(*args, **kwargs)
