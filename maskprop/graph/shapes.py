@@ -155,7 +155,23 @@ def _made(
 ) -> Tensor:
     with torch._C._DisableTorchDispatch():
         blank = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
-    return blank if mode is None else FakeTensor(mode, blank, device)
+    return blank if mode is None else _faked(mode, blank, device)
+
+
+def _faked(mode: FakeTensorMode, blank: Tensor, device: torch.device) -> Tensor:
+    """``FakeTensor(mode, blank, device)``, in the likeness of one: its constructor takes longer than most ops."""
+    fake = Tensor._make_subclass(FakeTensor, blank, False, dispatch_device=True, device_for_backend_keys=device)
+    vars(fake).update(_fake_state(device), fake_mode=mode)
+    return fake
+
+
+@functools.cache
+def _fake_state(device: torch.device) -> dict[str, Any]:
+    """What a fake tensor of a device holds, whatever its size."""
+    with torch._C._DisableTorchDispatch():
+        blank = torch.empty(0, device="meta")
+    state = vars(FakeTensor(FakeTensorMode(), blank, device))
+    return {name: value for name, value in state.items() if name != "fake_mode"}
 
 
 def _fake_mode() -> FakeTensorMode | None:
