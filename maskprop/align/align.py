@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -40,8 +41,19 @@ class Alignment:
         labels = self.coupling.labels.get(node)
         if index is not None:
             meta, labels = meta[index], None if labels is None else labels[index]
-        kept = self.solution.kept_units(labels)
-        return tuple(n if i >= len(kept) or kept[i] is None else count_kept(kept, i) for i, n in enumerate(meta.shape))
+        if labels is None:
+            return tuple(meta.shape)
+        leaves = [None if a is None else self._leaves[a.numpy()] for a in labels]
+        if not any(units is not None and units.any() for units in leaves):  # as of most values
+            return tuple(meta.shape)
+        kept = [None if units is None else ~units for units in leaves]
+        return tuple(n if kept[i] is None else count_kept(kept, i) for i, n in enumerate(meta.shape))
+
+    @functools.cached_property
+    def _leaves(self) -> Bools:
+        """Whether each label leaves."""
+        found: Bools = self.solution.removed[self.solution.group]
+        return found
 
     def expected_bound(self, node: fx.Node, axis: int, bound: int) -> int:
         """Where a bound of a slice along an axis of a recorded value is in the compact model."""

@@ -13,4 +13,4 @@ def lineage(path: str) -> Sequence[str]:
 
 def within(path: str, modules: Collection[str]) -> bool:
     """Whether a module or tensor is one of these modules, or inside one of them."""
-    return any(outer in modules for outer in lineage(path))
+    return bool(modules) and any(outer in modules for outer in lineage(path))

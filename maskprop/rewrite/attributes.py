@@ -26,7 +26,7 @@ from maskprop.rewrite.replay import Mismatch, Replay
 
 @dataclass(frozen=True)
 class _Size:
-    """A size in a recorded op of a module: the ``position``-th op, its input or result ``value``, axis ``axis``."""
+    """A size that changed in a module's ``position``-th op: its input or result ``value``, axis ``axis``."""
 
     path: str
     position: int
@@ -36,7 +36,7 @@ class _Size:
     new: int
 
     def at(self, replay: Replay, path: str) -> _Size | None:
-        """The same size in another module."""
+        """The same size in another module, if it changed there, too."""
         ops = replay.ops_of(path)
         if self.position >= len(ops):
             return None
@@ -54,12 +54,13 @@ class _Number:
     new: float
 
     def at(self, replay: Replay, path: str) -> _Number | None:
-        """The same number in another module."""
+        """The same number in another module, if it changed there, too."""
         ops = replay.ops_of(path)
         found = replay.alignment.numbers.get(ops[self.position]) if self.position < len(ops) else None
         if found is None:
             return None
-        return _Number(path, self.position, number_at(ops[self.position], found[0]), found[1])
+        old = number_at(ops[self.position], found[0])
+        return None if old == found[1] else _Number(path, self.position, old, found[1])
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def candidates_for(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mis
 
 def _candidates(model: nn.Module, graph: Graph, replay: Replay, mismatch: Mismatch) -> Iterator[Candidate]:
     seen: set[tuple[str, str, float]] = set()
+    sizes: list[_Size | _Number] = [*_changed_number(replay, mismatch), *_changed_sizes(replay, mismatch)]
     for path in [*lineage(mismatch.path), *_helpers(model, graph, mismatch.path)]:
         module = model.get_submodule(path)
-        sizes: list[_Size | _Number] = [*_changed_number(replay, mismatch), *_changed_sizes(replay, mismatch)]
         for size in sizes:
             for name, value in _attributes(module):
                 new = _replaced(name, value, size.old, size.new)
@@ -123,7 +124,7 @@ def everywhere(model: nn.Module, replay: Replay, candidate: Candidate) -> list[A
         ):
             continue
         size = candidate.size.at(replay, path + below if path else below.lstrip("."))
-        if size is not None and size.old != size.new:
+        if size is not None:
             new = _replaced(candidate.attribute, candidate.old, size.old, size.new)
             if new is not None:
                 changes.append(AttributeChange(path, candidate.attribute, candidate.old, new))
@@ -149,7 +150,7 @@ def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
     seen: set[tuple[int, int]] = set()
     for i in order:
         for size in _sizes(replay, ops[i], path, i):
-            if size.old != size.new and (size.old, size.new) not in seen:
+            if (size.old, size.new) not in seen:
                 seen.add((size.old, size.new))
                 yield size
 
@@ -157,7 +158,8 @@ def _changed_sizes(replay: Replay, mismatch: Mismatch) -> Iterator[_Size]:
 def _sizes(replay: Replay, node: fx.Node, path: str, position: int) -> Iterator[_Size]:
     for value, (dense, compact) in enumerate(replay.around(node)):
         for axis, (old, new) in enumerate(zip(dense or (), compact or (), strict=False)):
-            yield _Size(path, position, value, axis, old, new)
+            if old != new:
+                yield _Size(path, position, value, axis, old, new)
 
 
 def _replaced(name: str, value: Any, old: float, new: float) -> Any:

@@ -40,14 +40,13 @@ def unread_attributes(model: nn.Module, replay: Replay) -> list[AttributeChange]
         attributes = vars(module)
         if type(module).__module__.startswith("torch.nn."):
             attributes = {} if own_tensors(module) else {k: attributes[k] for k in _WIDTHS if k in attributes}
-            if not attributes:
-                continue
+        numbers = {name: value for name, value in attributes.items() if type(value) is int}
+        if not numbers:
+            continue
         sizes: dict[int, set[int]] = {}
         for old, new in _sizes(module, path, replay):
             sizes.setdefault(old, set()).add(new)
-        for name, value in attributes.items():
-            if type(value) is not int:
-                continue
+        for name, value in numbers.items():
             key, to = (type(module), name), sizes.get(value, set())
             if (sizes and not to) or _NO_WIDTH.search(name):
                 others.add(key)
