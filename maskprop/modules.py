@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-_TABLES = frozenset(vars(nn.Module()))
+TABLES = frozenset(vars(nn.Module()))
 
 
 def modules_by_path(model: nn.Module, aliases: bool = False) -> dict[str, nn.Module]:
@@ -31,7 +31,7 @@ def own_tensors(module: nn.Module, bare: bool = False) -> dict[str, Tensor]:
     found = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if t is not None}
     if bare:
         attributes = vars(module).items()
-        found.update((name, v) for name, v in attributes if name not in _TABLES and isinstance(v, Tensor))
+        found.update((name, v) for name, v in attributes if name not in TABLES and isinstance(v, Tensor))
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -77,3 +79,101 @@ def test_a_model_that_goes_another_way_is_not_followed(
     ModelSpeedup(model, torch.randn(2, 6), {"into": {"weight": mask[:, None], "bias": mask}}).speedup_model()
     assert (model.heads, model.into.out_features) == (2, 4)
     assert found[-1] == same
+
+
+class Block(Heads):
+    """One of several that are alike, but for their numbers."""
+
+    ran: ClassVar[list[int]] = []
+
+    def __init__(self, number: int) -> None:
+        super().__init__(4, 2.0)
+        self.number, self.back, self.kept = number, nn.Linear(4, 6), nn.ReLU()
+
+    def forward(self, x: torch.Tensor, scales: list[float] | None = None) -> torch.Tensor:
+        Block.ran.append(self.number)
+        y = self.into(x).view(len(x), self.heads, 2) * (scales or [self.factor])[0]
+        return x + self.back(self.out(self.kept(y).flatten(1)))
+
+
+class Blocks(nn.Module):
+    """Three of them."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Block, numbers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def _stale(block: Block) -> None:
+    block.heads = 4
+
+
+def _other_factor(block: Block) -> None:
+    block.factor = 3.0
+
+
+def _wider(block: Block) -> None:
+    block.out.weight.data = torch.ones(4, 5)
+
+
+def _hooked(block: Block) -> None:
+    block.out.register_forward_hook(lambda module, args, result: result * 2.0)
+
+
+def _other_class(block: Block) -> None:
+    block.kept.__class__ = nn.Tanh  # type: ignore[assignment]
+
+
+TAMPERED = [_stale, _other_factor, _wider, _hooked, _other_class]
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 7], [0, 1, 4], [0, 1, 2]], ids=str)
+def test_of_like_blocks_one_is_followed(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[bool, list[int]]] = []
+
+    def follows(self: Replay, model: nn.Module, inputs: replay.Inputs) -> bool:
+        Block.ran.clear()
+        ran.append((whole(self, model, inputs), [*Block.ran]))
+        return ran[-1][0]
+
+    whole = Replay.follows
+    monkeypatch.setattr(Replay, "follows", follows)
+    _halve_heads(numbers)
+    # a number that is a size as well, and was not set, might be one that should have been
+    assert ran[-1] == (True, [0, *(n for n in numbers if n in (2, 4))])
+
+
+@pytest.mark.parametrize("tamper", TAMPERED)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_block_that_is_unlike_the_others_is_seen(
+    tamper: Callable[[Block], None], which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def follows(self: Replay, model: nn.Module, inputs: replay.Inputs) -> bool:
+        if not whole(self, model, inputs):
+            return False
+        tampered = copy.deepcopy(model)
+        tamper(tampered.blocks[which])
+        found.append(whole(self, tampered, inputs))
+        return True
+
+    whole = Replay.follows
+    monkeypatch.setattr(Replay, "follows", follows)
+    _halve_heads([0, 1, 7])
+    assert found
+    assert not any(found)
+
+
+def _halve_heads(numbers: list[int]) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])
+    model = Blocks(numbers).eval()
+    masks = {f"blocks.{i}.into": {"weight": mask[:, None], "bias": mask} for i in range(len(numbers))}
+    ModelSpeedup(model, torch.randn(2, 6), masks).speedup_model()
+    assert [(block.heads, block.into.out_features) for block in model.blocks] == [(2, 4)] * 3

@@ -39,7 +39,7 @@ _DEVICE = torch.ops.prim.device.default
 # Methods that give Python what a tensor holds, and call no op for it.
 _READERS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage")
 
-_CALL = "_compiled_call_impl"
+CALL = "_compiled_call_impl"
 
 _Place = tuple[str, int, type]
 
@@ -131,16 +131,16 @@ class Recorder(TorchDispatchMode):
                 self.graph.results[path] = made.result
             return result
 
-        before = [(vars(module), vars(module).get(_CALL)) for module in self._paths]
+        before = [(vars(module), vars(module).get(CALL)) for module in self._paths]
         for module, path in self._paths.items():
-            vars(module)[_CALL] = functools.partial(recorded, module, path)
+            vars(module)[CALL] = functools.partial(recorded, module, path)
         try:
             yield
         finally:
             for attributes, compiled in before:
-                attributes.pop(_CALL, None)
+                attributes.pop(CALL, None)
                 if compiled is not None:
-                    attributes[_CALL] = compiled
+                    attributes[CALL] = compiled
 
     @contextmanager
     def noting_readers(self) -> Iterator[None]:

@@ -5,19 +5,22 @@ Most compact models do so to their end. Then there is nothing to explain, and no
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
-from maskprop.graph.graph import Graph
+from maskprop.graph.graph import Graph, ModuleCall
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import new_fake
+from maskprop.graph.structure import map_tensors, tensors_in
 from maskprop.graph.trace import Inputs, quiet, record
 from maskprop.modules import own_tensors
+from maskprop.rewrite.alike import Call, are_alike, is_untouched
 
 if TYPE_CHECKING:
     from maskprop.rewrite.replay import Replay
@@ -28,6 +31,9 @@ _PLAIN = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear),
     *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
 }
+
+# Calls of fewer ops are followed sooner than compared.
+_MANY = 8
 
 
 def follows(model: nn.Module, inputs: Inputs, graph: Graph, replay: Replay) -> bool:
@@ -71,7 +77,9 @@ class _Follower(Recorder):
         self._states = {str(n.target): n for n in nodes if n.op == "get_attr"}
         self._parts = {n.args: n for n in nodes if n.target is operator.getitem}
         self._outputs = nodes[-1].args[0]
-        self._results = {call.number: call.result for call in graph.history}
+        self._dense = {call.number: call for call in graph.history}
+        self._first = {call.path: call.number for call in reversed(graph.history)}
+        self._followed: dict[type, list[Call]] = {}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
         self._bind(tensor, next(self._inputs))
@@ -109,21 +117,54 @@ class _Follower(Recorder):
     def _nodes_of(self, value: Any) -> Any:
         return None  # nobody asks what the compact model's modules are given
 
-    # -- layers of torch's own -------------------------------------------------------------------
+    # -- calls whose result is known ---------------------------------------------------------------
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         known = None
-        if type(module) in _PLAIN and len(args) == 1 and isinstance(args[0], FakeTensor) and _is_untouched(module):
+        if type(module) in _PLAIN and len(args) == 1 and isinstance(args[0], FakeTensor) and is_untouched(module):
             known = self._skip_call(args[0])
         if known is None:
-            return super()._run(module, args, kwargs)
+            return self._run_block(module, args, kwargs)
         if not _fits(module, args[0].shape, self._replay.shape(known)):
             raise self._divergence()
         if getattr(module, "inplace", False):
             self._values[id(args[0])].write(known, self._emit)
             return args[0]
+        return self._made(known, args[0])
+
+    def _run_block(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a module, unless an earlier call shows what it would do."""
+        path, number = self._stack[-1]
+        dense = self._dense.get(number)
+        ops = self._ops_of(dense) if dense is not None and self._first[path] == number else []
+        if dense is None or len(ops) < _MANY:
+            return super()._run(module, args, kwargs)
+        call = Call(module, path, super()._nodes_of((args, kwargs)), ops)
+        followed = self._followed.setdefault(type(module), [])
+        given = {self._node_of_call(t): t for _, t in tensors_in((args, kwargs))}
+        like = next((t for t in given.values() if isinstance(t, FakeTensor)), None)
+        if like is not None and _is_made(dense.result, {*given, *ops}) and self._is_like_one(call, followed):
+            self._done += len(ops)
+            self._calls = dense.last
+            return map_tensors(
+                dense.result, lambda node: given[node] if node in given else self._made(node, like), fx.Node
+            )
+        result = super()._run(module, args, kwargs)
+        followed.append(call)
+        return result
+
+    def _is_like_one(self, call: Call, followed: list[Call]) -> bool:
+        with _disable_current_modes():  # what is computed here is none of the model's ops
+            return any(are_alike(one, call, self._replay) for one in followed)
+
+    def _ops_of(self, call: ModuleCall) -> list[fx.Node]:
+        """The ops of a call of the dense model's, if they come next."""
+        return list(itertools.takewhile(call.__contains__, itertools.islice(self._ops, self._done, None)))
+
+    def _made(self, known: fx.Node, like: FakeTensor) -> Tensor:
+        """The compact model's tensor for what the dense one's call resulted in."""
         meta = known.meta["tensor"]
-        made = new_fake(args[0].fake_mode, self._replay.shape(known), meta.dtype, meta.device, meta.order)
+        made = new_fake(like.fake_mode, self._replay.shape(known), meta.dtype, meta.device, meta.order)
         self._bind(made, known)
         return made
 
@@ -140,15 +181,24 @@ class _Follower(Recorder):
     def _skip_call(self, given: Tensor) -> fx.Node | None:
         """What the running call results in, if it is given the same as in the dense model; its ops count as done."""
         own = self._call_at_hand()
-        if not own or any(op in self._replay.alignment.numbers for op in own):
+        if not own or own[0].meta["module"] is not self._types[-1]:
+            return None
+        if any(op in self._replay.alignment.numbers for op in own):
             return None
         number = own[0].meta["call"]
         read = {n for op in own for n in op.all_input_nodes if n.op != "get_attr" and n.meta["call"] != number}
-        result = self._results[number]
+        result = self._dense[number].result
         if not isinstance(result, fx.Node) or read != {self._node(given)}:
             return None
         self._done += len(own)
         return result
+
+
+def _is_made(result: Any, made: Collection[fx.Node]) -> bool:
+    """Whether a call's result holds these values and no more, but for tuples and lists."""
+    if isinstance(result, fx.Node):
+        return result in made
+    return result is None or (type(result) in (tuple, list) and all(_is_made(part, made) for part in result))
 
 
 def _fits(module: nn.Module, given: Sequence[int], made: Sequence[int]) -> bool:
@@ -167,9 +217,3 @@ def _fits(module: nn.Module, given: Sequence[int], made: Sequence[int]) -> bool:
     else:
         wide, rest, fits = (given[1],), [t for t in tensors if t.ndim], tuple(given) == tuple(made)
     return fits and all(tuple(t.shape) == wide for t in rest)
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward and no more."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not (hooks or _has_any_global_hook())

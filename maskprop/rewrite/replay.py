@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,16 +116,22 @@ class Replay:
         """Where an op stands among its module's own."""
         return self._position.get(node)
 
-    def dense(self, strict: bool, among: Sequence[fx.Node] | None = None) -> list[fx.Node]:
-        """The dense ops that are compared, see :meth:`significant`; all of them, or those among some."""
+    def dense(self, strict: bool, among: Sequence[fx.Node] | None = None, most: int | None = None) -> list[fx.Node]:
+        """The dense ops that are compared, see :meth:`significant`; all of them, or those among some, or the first."""
         if strict not in self._dense:
-            kept = [n for n in self.ops if not self._skipped(n)]
-            kept = [n for n in kept if not writes_all(n, self.shapes.get)]
-            self._dense[strict] = [n for n in kept if not is_idle(n, self.shapes[n], self.input_shape(n), strict)]
+            found = (n for n in self.ops if self._is_compared(n, strict))
+            if most is not None and among is None:
+                return list(itertools.islice(found, most))
+            self._dense[strict] = list(found)
         if among is None:
             return self._dense[strict]
         chosen = set(among)
         return [n for n in self._dense[strict] if n in chosen]
+
+    def _is_compared(self, node: fx.Node, strict: bool) -> bool:
+        if self._skipped(node) or writes_all(node, self.shapes.get):
+            return False
+        return not is_idle(node, self.shapes[node], self.input_shape(node), strict)
 
     def significant(self, actual: Sequence[fx.Node], strict: bool = True) -> list[fx.Node]:
         """The compact ops that are compared: no memory layout, nothing in replaced modules, no idle reshape.
@@ -228,8 +235,9 @@ class Replay:
         path: str,
         own: str | None,
     ) -> Mismatch | None:
-        dense = self.dense(strict, expected)
-        compact = without_unread(dense, self.significant(made, strict))
+        compact = self.significant(made, strict)
+        dense = self.dense(strict, expected, most=None if error is None else len(compact) + 1)
+        compact = without_unread(dense, compact)
         mates: dict[fx.Node, fx.Node] = {}
         before: fx.Node | None = None
         for want, got in zip(dense, compact, strict=False):
@@ -243,7 +251,8 @@ class Replay:
         n = min(len(dense), len(compact))
         at = dense[n] if n < len(dense) else None
         if error is not None and n:  # which may be raised by a reshape that is not compared
-            at = next((op for op in self.dense(True, expected) if self._place[op] > self._place[dense[n - 1]]), at)
+            rest = (op for op in expected or self.ops if self._place[op] > self._place[dense[n - 1]])
+            at = next((op for op in rest if self._is_compared(op, True)), at)
         index = len(self.ops) if at is None else self._place[at]
         if error is not None:
             skipped = None if at is None else idle_slice(at, before, made)
@@ -358,13 +367,16 @@ class Replay:
         """Where a part should start."""
         return self._starts.get(node)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The compact shape of a value that is read."""
+    def expected(self, node: fx.Node) -> tuple[tuple[int, ...] | None, ...]:
+        """The compact shapes of a call's results, or of one value; ``None`` where nothing reads it."""
         if node.target is operator.getitem:
             several, index = node.args
-            found = self.shapes[several][index]  # type: ignore[index]
-        else:
-            (found,) = self.shapes[node]
+            return (self.shapes[several][index],)  # type: ignore[index]
+        return self.shapes[node] if node in self.shapes else (self.alignment.expected_shape(node),)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The compact shape of a value that is read."""
+        (found,) = self.expected(node)
         assert found is not None
         return found
 
