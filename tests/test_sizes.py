@@ -146,6 +146,34 @@ def test_other_images(form: str, masks: Callable[[nn.Module], dict[str, Tensor]]
     check(model, masks(model), (3, 3, 6, 6), (1, 3, 6, 6), (3, 3, 9, 8), (2, 3, 4, 12))
 
 
+class Mean(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(y.sum(1) / (y.numel() / len(x) / 8))
+
+
+class Added(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(torch.add(y, y.relu(), alpha=y.numel() / len(x) / 48))
+
+
+class Written(Layers):
+    """What ``form`` is, no source tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.form(self, x))
+
+
+@pytest.mark.parametrize("kind", [Mean, Added, Written])
+def test_a_number_of_both_the_length_and_the_units(kind: Callable[[Any], nn.Module]) -> None:
+    """A forward that divides by another number does so at every length."""
+    model = kind(lambda m, x: (y := m.first(x)).sum(1) / (y.numel() / x.shape[0] / 8)).double().eval()
+    masks = {"first.weight": half(model)["first.weight"], "first.bias": (torch.arange(8) % 2).double()}
+    check(model, masks, (2, 6, 6), (3, 6, 6), (1, 12, 6), (2, 3, 6))
+    assert model.get_parameter("first.bias").numel() == 4
+
+
 TABLES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "slice": lambda m, x: m.first(x) * m.table[: x.shape[1]],
     "indices": lambda m, x: m.first(x) * m.table[torch.arange(x.shape[1])],

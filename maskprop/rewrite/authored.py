@@ -57,12 +57,14 @@ class Patch:
         place: where.
         kind: ``"sizes"`` (the sizes of a call or a comparison are scaled), ``"argument"`` (one argument of a call is
             replaced), ``"parts"`` (an axis is split into parts of other sizes), ``"number"`` (the number that meets a
-            tensor in an expression is replaced), ``"setting"`` (a number is read from a config, and another is wanted
-            here), ``"root"`` (a root of a size stays that of another size), ``"kept"`` (some units of an operand are
-            taken) or ``"bounds"`` (of a slice in a subscript).
+            tensor in an expression, or is an argument of a call, is replaced), ``"setting"`` (a number is read from a
+            config, and another is wanted here), ``"root"`` (a root of a size stays that of another size), ``"kept"``
+            (some units of an operand are taken) or ``"bounds"`` (of a slice in a subscript).
         at: sizes, argument and parts: how many arguments stand before; a name for a keyword argument, or of a setting;
-            kept: which operand, or the name of an argument; bounds: which of the indices.
-        value: sizes: ``(axis, numerator, denominator)`` each; root: ``(size, other size)`` each; kept:
+            number: likewise, empty for what meets a tensor; kept: which operand, or the name of an argument; bounds:
+            which of the indices.
+        value: sizes: ``(axis, numerator, denominator)`` each; number: what comes in its place, and what it is now (the
+            ratio holds for inputs of other sizes); root: ``(size, other size)`` each; kept:
             ``(axis, count, units)``; else what comes in its place.
     """
 

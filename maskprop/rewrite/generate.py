@@ -259,7 +259,8 @@ class _Generator:
             ]
             if len(scalars) != 1 or len(numbers) != 1:
                 raise _GiveUp(f"'{node.format_node()}' gives {wrong}, and holds no number that could be changed")
-            node.args = tuple(scalars[0] if i == numbers[0] else a for i, a in enumerate(node.args))
+            number = self._in_proportion(node.args[numbers[0]], scalars[0], node, env, operator.truediv)
+            node.args = tuple(number if i == numbers[0] else a for i, a in enumerate(node.args))
 
     def _mend_slice(self, item: slice, env: dict[fx.Node, Any], cuts: list[fx.Node]) -> slice:
         """The slice with planned bounds where those move; takes its op from ``cuts``."""
@@ -310,13 +311,15 @@ class _Generator:
         env.update(zip(parts, env[sizes], strict=True))
         return parts
 
-    def _in_proportion(self, size: Any, planned: int, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """The planned size; of one that is computed, as ``batch * 4`` is, the same part at every batch size."""
+    def _in_proportion(
+        self, size: Any, planned: float, node: fx.Node, env: dict[fx.Node, Any], divide: Any = operator.floordiv
+    ) -> Any:
+        """The planned number; of one that is computed, as ``batch * 4`` is, the same part at other sizes."""
         if not isinstance(size, fx.Node) or _reads_shape(size) or not env[size]:
             return planned
         with self.forward.inserting_before(node):
             product = self.forward.call_function(operator.mul, (size, planned))
-            part = self.forward.call_function(operator.floordiv, (product, env[size]))
+            part = self.forward.call_function(divide, (product, env[size]))
         env[product], env[part] = env[size] * planned, planned
         return part
 

@@ -226,9 +226,10 @@ class _Patcher:
             names = [name for _, name, _ in number_arguments(want.target)]
             given = expression.keywords if isinstance(expression, ast.Call) else []
             named = next((k.arg for k in given if k.arg in names), None)
-            return Patch(place, "number", 0, scalars[0]) if named is None else Patch(place, "argument", named, *scalars)
+            return Patch(place, "number", named or "", (*scalars, *self.replay.numbers(mismatch.got)))
         if isinstance(mismatch.wanted, (int, float)) and isinstance(expression, ast.Call):
-            return Patch(place, "argument", _argument(expression, frames[0], mismatch.actual), mismatch.wanted)
+            at = _argument(expression, frames[0], mismatch.actual)
+            return Patch(place, "number", at, (mismatch.wanted, mismatch.actual))
         raise NoSource(f"'{ast.unparse(expression)}' does not make {mismatch.wanted} of {want.target}")
 
     def _raised(self, want: fx.Node, sizes: Sequence[int]) -> fx.Node:

@@ -40,9 +40,19 @@ def scaled(changes: tuple[tuple[int, int, int], ...], *sizes: Any) -> tuple[Any,
     return tuple(found)
 
 
-def instead(number: float, value: Any) -> Any:
-    """A number becomes another; a tensor, or sizes, stay."""
-    return number if _is_number(value) else value
+def instead(number: float, made: float, value: Any, rooted: bool = False) -> Any:
+    """Where ``forward`` makes one number, another; what it makes at other sizes, in proportion. What is none stays.
+
+    ``rooted``: roots of sizes are changed already, so that the number may be right.
+    """
+    if value is None:
+        return number
+    if not _is_number(value):
+        return value
+    if value == made or not made or (rooted and value == number):
+        return number
+    product = value * number
+    return product // made if isinstance(product, int) and product % made == 0 else product / made
 
 
 def _is_number(value: Any) -> bool:
@@ -117,11 +127,12 @@ def _build(base: type, patches: tuple[Patch, ...]) -> type:
         for n in range(1, len(names)):  # whoever calls a changed function changes too
             by_chain.setdefault((names[:n], sites[: n - 1]), [])
         by_chain.setdefault((names, sites), []).append(patch)
+    rooted = any(patch.kind == "root" for patch in patches)
     built: dict[Chain, Any] = {}
     sources: list[str] = []
     for names, sites in sorted(by_chain, key=lambda chain: len(chain[0]), reverse=True):
         called = {s[-1]: f for (n, s), f in built.items() if n[:-1] == names and s[:-1] == sites}
-        built[names, sites], source = _compile(base, names, by_chain[names, sites], called)
+        built[names, sites], source = _compile(base, names, by_chain[names, sites], called, rooted)
         sources.append(source)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -147,14 +158,14 @@ def rebuild_patched(base: type, patches: tuple[Patch, ...]) -> nn.Module:
 
 
 def _compile(
-    base: type, names: tuple[str, ...], patches: Sequence[Patch], called: Mapping[Span, Any]
+    base: type, names: tuple[str, ...], patches: Sequence[Patch], called: Mapping[Span, Any], rooted: bool
 ) -> tuple[Any, str]:
     """A function with its patches, and its source. What it calls in changed form becomes a closure's variable."""
     original = resolve(base, names)
     definition = definition_of(original)
     made = copy.deepcopy(definition)
     for patch in patches:
-        made = ast.fix_missing_locations(_Rewrite(made, patch).visit(made))
+        made = ast.fix_missing_locations(_Rewrite(made, patch, rooted).visit(made))
     changed = {f"maskprop_{i}": function for i, function in enumerate(called.values())}
     for name, site in zip(changed, called, strict=True):
         _redirect(find(made, site), name)
@@ -193,8 +204,8 @@ def _redirect(call: ast.AST, name: str) -> None:
 class _Rewrite(ast.NodeTransformer):
     """Changes the expression of one patch."""
 
-    def __init__(self, definition: ast.FunctionDef, patch: Patch) -> None:
-        self.patch = patch
+    def __init__(self, definition: ast.FunctionDef, patch: Patch, rooted: bool) -> None:
+        self.patch, self.rooted = patch, rooted
         self.target = find(definition, patch.place.span)
 
     def visit(self, node: ast.AST) -> Any:
@@ -205,7 +216,9 @@ class _Rewrite(ast.NodeTransformer):
         if patch.kind == "setting":
             node = _constant(patch.value)
         elif patch.kind == "number":
-            if isinstance(node, ast.BinOp):
+            if patch.at != "":
+                self._set_number(node)
+            elif isinstance(node, ast.BinOp):
                 node.left, node.right = self._instead(node.left), self._instead(node.right)
             elif isinstance(node, ast.AugAssign):
                 node.value = self._instead(node.value)
@@ -291,11 +304,21 @@ class _Rewrite(ast.NodeTransformer):
         call.args[self.patch.at : self.patch.at + first] = [_constant(self.patch.value)]
         call.keywords = [k for k in call.keywords if k.arg in ("dim", "input", "tensor")]
 
+    def _set_number(self, call: ast.AST) -> None:
+        assert isinstance(call, ast.Call)
+        for i, value in enumerate(call.args):
+            if i == self.patch.at:
+                call.args[i] = self._instead(value)
+        for keyword in call.keywords:
+            if keyword.arg == self.patch.at:
+                keyword.value = self._instead(keyword.value)
+
     def _instead(self, value: ast.expr) -> ast.expr:
-        number = _constant(self.patch.value)
+        numbers = [_constant(number) for number in self.patch.value]
         if isinstance(value, ast.Constant):
-            return number if _is_number(value.value) else value
-        return ast.Call(ast.Name("maskprop_instead", ast.Load()), [number, value], [])
+            return numbers[0] if value.value is None or _is_number(value.value) else value
+        rooted = [ast.keyword("rooted", _constant(True))] if self.rooted else []
+        return ast.Call(ast.Name("maskprop_instead", ast.Load()), [*numbers, value], rooted)
 
 
 def slices_of(node: ast.AST) -> dict[int | str, ast.Slice]:
