@@ -519,6 +519,36 @@ family(
     vision_config=lambda: {**{k: v for k, v in _VIT.items() if k != "stretches"}, "projection_dim": 24},
 )
 family(
+    "chameleon",  # its norms of queries and keys have a weight for each head
+    "ChameleonForConditionalGeneration",
+    "ChameleonConfig",
+    causal,
+    vq_config=lambda: {
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "resolution": 16,
+        "base_channels": 32,
+        "channel_multiplier": [1],
+        "num_res_blocks": 1,
+        "latent_channels": 8,
+        "attn_resolutions": [],
+    },
+    vocabulary_map={"<image>": 4},
+    **_LLAMA,
+)
+family(
+    "paligemma",  # on fake tensors it makes another mask than on real ones
+    "PaliGemmaForConditionalGeneration",
+    "PaliGemmaConfig",
+    causal,
+    vision_config=lambda: transformers.SiglipVisionConfig(
+        **{k: v for k, v in _VIT.items() if k != "stretches"}, vision_use_head=False
+    ),
+    text_config=lambda: transformers.GemmaConfig(**{k: v for k, v in _HEADS.items() if k != "generates"}),
+    image_token_index=59,
+    projection_dim=32,
+)
+family(
     "sam",
     "SamModel",
     "SamConfig",

@@ -103,6 +103,7 @@ _ONE_SIZE = {
     "gemma4_vit": "gemma4_vit_167m",
     "hiera": "hiera_tiny_224",
     "levit": "levit_128s",
+    "levit_conv": "levit_conv_128s",
     "maxxvit": "test_coatnet",
     "mlp_mixer": "gmlp_ti16_224",
     "mobilevit": "mobilevit_xxs",
