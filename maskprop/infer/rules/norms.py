@@ -299,13 +299,18 @@ def _rows_are_open(op: Op) -> bool:
 
 
 def _open_mask(node: torch.fx.Node) -> bool:
-    """A mask computed from no input, every row of which has a finite element."""
-    cache: dict[torch.fx.Node, Tensor | None] = {}  # what depends on an input is remembered too: paths multiply
+    """A mask computed from no input, every row of which has a finite element.
+
+    Values that several ops read are kept in ``meta["mask"]``, or that they depend on an input: all layers read one mask.
+    """
 
     def value(n: torch.fx.Node) -> Tensor | None:
-        if n not in cache:
-            cache[n] = computed(n)
-        return cache[n]
+        if len(n.users) < 2:
+            return computed(n)
+        if "mask" not in n.meta:
+            n.meta["mask"] = computed(n)
+        found: Tensor | None = n.meta["mask"]
+        return found
 
     def computed(n: torch.fx.Node) -> Tensor | None:
         if n.op == "get_attr":
