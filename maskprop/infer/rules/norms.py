@@ -301,7 +301,7 @@ def _rows_are_open(op: Op) -> bool:
 def _open_mask(node: torch.fx.Node) -> bool:
     """A mask computed from no input, every row of which has a finite element.
 
-    Values that several ops read are kept in ``meta["mask"]``, or that they depend on an input: all layers read one mask.
+    What several ops read is kept in ``meta["mask"]``, or that it depends on an input: all layers read one mask.
     """
 
     def value(n: torch.fx.Node) -> Tensor | None:
