@@ -92,6 +92,10 @@ TIME: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "row of a table": lambda m, x: m.first(x).relu() + m.table[x.shape[1] - 1],
     "mean of rows": lambda m, x: m.first(x).relu() * m.table[: x.shape[1]].mean(0),
     "length looked up": lambda m, x: m.first(x).relu() + F.embedding(torch.tensor(x.shape[1] - 1), m.table),
+    "part of a table": lambda m, x: m.first(x).relu() + m.table.split(x.shape[1])[0].mean(0),
+    "rows from a length on": lambda m, x: m.first(x).relu() + m.table[x.shape[1] :].sum(0),
+    "diagonal": lambda m, x: m.first(x).relu() + m.table.tril(x.shape[1] - 8).mean(0),
+    "largest": lambda m, x: m.first(x).relu() + m.table.cumsum(0).kthvalue(x.shape[1], 0).values,
     "repeated row": lambda m, x: m.first(x).relu() + m.table[0].expand(x.shape[1], 8).cumsum(0).mean(0),
 }
 SPACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-# Calls that take a part of a value, and those that repeat it: which one, or how often, may be a size.
+# Calls that take a part of a value: which one, may be a size; and those that no size changes.
 _LOOKS_UP = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
 _TAKES = {aten.slice.Tensor, aten.select.int, *_LOOKS_UP}
-_REPEATS = {aten.expand.default, aten.repeat.default}
+_TURNS = {*VIEWS, aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.detach.default}
 # Numbers that no one makes of a size: what keeps a division finite, say, or how far an image is stretched.
 _LITERALS = {"eps", "momentum", "p", "scale_factors", "scales", "scales_h", "scales_w", "scales_d"}
 
@@ -114,6 +114,13 @@ def _zeros_made(inference: Inference) -> dict[fx.Node, Tensor]:
     return found
 
 
+def _makes_a_table(node: fx.Node, inference: Inference) -> bool:
+    """Whether a call makes a table of others, and may be told how: which part of it, or how often to repeat it."""
+    if torch.Tag.pointwise in node.target.tags or node.target in _TURNS:  # type: ignore[union-attr]
+        return False
+    return all(inference.facts.known[n].total for n in node.all_input_nodes)
+
+
 def _takes_some(node: fx.Node, inference: Inference) -> bool:
     """Whether a call takes a part of a table, as the first so many positions."""
     return node.target in _TAKES and all(inference.facts.known[n].total for n in node.all_input_nodes)
@@ -162,8 +169,8 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
     authored = kind is None or not of_torch(kind) or node.meta["path"] in inference.graph.hooked
-    if (authored or node.target in _LOOKS_UP) and node.target in (*_TAKES, *_REPEATS):
-        return _takes_some(node, inference) if node.target in _TAKES else inference.facts.known[inputs[0]].total
+    if (authored or node.target in _LOOKS_UP) and _makes_a_table(node, inference):
+        return True
     number = authored and bool(_numbers(node))
     repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
     doubtful = number or any(repeated) or _chained(node, sources)
@@ -358,7 +365,7 @@ def _unlike(a: Fact, b: Fact) -> Tensor:
     """
     if a.plain or a.nothing:
         return a.known & False
-    if a.known.ndim != b.known.ndim:
+    if a.known.ndim != b.known.ndim or not b.value().numel():
         return a.known & ~a.zero
     a = a.map(squash)  # what is the same all along an axis has to be so
     shape = broadcast_shape(a.known.shape, a.value().shape)
