@@ -46,7 +46,8 @@ def calls_alike(node: fx.Node) -> list[fx.Node]:
         while user.target in _TURNS and _alone(user):
             user = next(iter(user.users))
         found.append(user)
-    return found if all(_frame(call) == _frame(node) for call in found) else [node]
+    frame = _frame(node)
+    return found if all(_frame(call) == frame for call in found) else [node]
 
 
 def bias_place(node: fx.Node) -> BiasPlace | None:
