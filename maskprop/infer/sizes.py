@@ -249,7 +249,8 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
                     differs = _differs(one, a.facts.known[one], two, b.facts.known[two])
                     if bool(differs.any()):
                         yield one, differs
-        apart = any(_numbers(node) != _numbers(other) for other in others) if others else node in doubts
+        paired = is_op(node) and not isinstance(a.rule(node), (Movement, Parts))  # what is moved shows where it is read
+        apart = any(_numbers(node) != _numbers(other) for other in others) if others else paired and node in doubts
         if not apart and sized.isdisjoint(node.all_input_nodes):
             continue
         fact = a.facts.known[node]
