@@ -79,6 +79,7 @@ class _Follower(Recorder):
         self._outputs = nodes[-1].args[0]
         self._dense = {call.number: call for call in graph.history}
         self._first = {call.path: call.number for call in reversed(graph.history)}
+        self._given = graph.calls
         self._followed: dict[type, list[Call]] = {}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
@@ -135,27 +136,42 @@ class _Follower(Recorder):
     def _run_block(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run a module, unless an earlier call shows what it would do."""
         path, number = self._stack[-1]
-        dense = self._dense.get(number)
-        ops = self._ops_of(dense) if dense is not None and self._first[path] == number else []
-        if dense is None or len(ops) < _MANY:
-            return super()._run(module, args, kwargs)
-        call = Call(module, path, super()._nodes_of((args, kwargs)), ops)
         followed = self._followed.setdefault(type(module), [])
-        given = {self._node_of_call(t): t for _, t in tensors_in((args, kwargs))}
-        like = next((t for t in given.values() if isinstance(t, FakeTensor)), None)
-        if like is not None and _is_made(dense.result, {*given, *ops}) and self._is_like_one(call, followed):
-            self._done += len(ops)
-            self._calls = dense.last
-            return map_tensors(
-                dense.result, lambda node: given[node] if node in given else self._made(node, like), fx.Node
-            )
+        dense = self._dense.get(number)
+        first = dense is not None and self._first[path] == number
+        if dense is not None and first and followed:
+            result = self._skip_block(module, dense, args, kwargs, followed)
+            if result is not None:
+                return result
+        done = self._done
         result = super()._run(module, args, kwargs)
-        followed.append(call)
+        if first and self._done - done >= _MANY:
+            followed.append(Call(module, path, self._given[path], self._ops[done : self._done]))
         return result
 
-    def _is_like_one(self, call: Call, followed: list[Call]) -> bool:
+    def _skip_block(
+        self, module: nn.Module, dense: ModuleCall, args: Any, kwargs: Any, followed: Sequence[Call]
+    ) -> Any:
+        """What the running call results in, if it is like one that was followed; its ops count as done."""
+        ops = self._ops_of(dense)
+        followed = [one for one in followed if len(one.ops) == len(ops) and self._sizes(one.ops) == self._sizes(ops)]
+        if not followed or dense.result is None:
+            return None
+        call = Call(module, dense.path, super()._nodes_of((args, kwargs)), ops)
+        given = {self._node_of_call(t): t for _, t in tensors_in((args, kwargs))}
+        like = next((t for t in given.values() if isinstance(t, FakeTensor)), None)
+        if like is None or not _is_made(dense.result, {*given, *ops}):
+            return None
         with _disable_current_modes():  # what is computed here is none of the model's ops
-            return any(are_alike(one, call, self._replay) for one in followed)
+            if not any(are_alike(one, call, self._replay) for one in followed):
+                return None
+        self._done += len(ops)
+        self._calls = dense.last
+        return map_tensors(dense.result, lambda node: given[node] if node in given else self._made(node, like), fx.Node)
+
+    def _sizes(self, ops: Sequence[fx.Node]) -> Any:
+        """What two calls that are alike have in common, to begin with."""
+        return self._replay.shapes[ops[0]], self._replay.shapes[ops[-1]]
 
     def _ops_of(self, call: ModuleCall) -> list[fx.Node]:
         """The ops of a call of the dense model's, if they come next."""
