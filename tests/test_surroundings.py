@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from maskprop import ModelSpeedup
 from maskprop._torchvision import import_torchvision
 from maskprop.errors import VerifyError, WrappedModelError
+from maskprop.rewrite.repair import Repair
 from tests.models import randomise
 
 KEEP = torch.tensor([1.0, 0, 1, 0, 1, 1, 1, 0])
@@ -261,7 +262,7 @@ def test_a_wrong_model_that_draws_is_found(generator: torch.Generator, monkeypat
     """A difference that is no matter of luck is one still."""
     model = Drawing().eval()
     randomise(model, generator)
-    monkeypatch.setattr("maskprop.rewrite.repair.Repair._keep_roots", lambda *_: setattr(model, "wrong", 1.01))
+    monkeypatch.setattr(Repair, "_keep_roots", lambda repair, _: repair.edits.set_attribute(model, "wrong", 1.01))
     with pytest.raises(VerifyError):
         ModelSpeedup(model, torch.randn(2, 4), {"a.weight": KEEP[:, None], "a.bias": KEEP}).speedup_model()
 
