@@ -32,7 +32,8 @@ from maskprop.graph.activations import insert_activation_masks
 from maskprop.graph.graph import Graph
 from maskprop.graph.resize import at_other_sizes
 from maskprop.graph.trace import Inputs, Tracer, quiet, split_inputs, trace
-from maskprop.infer.sizes import lasting, look_up
+from maskprop.infer.parts import leaving_a_rest, look_up
+from maskprop.infer.sizes import lasting
 from maskprop.infer.sweep import Facts, Inference
 from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.modules import modules_by_path, named_tensors
@@ -221,9 +222,10 @@ class ModelSpeedup:
         inference = self._inferred()
         with self._stage("align"):
             spared = self._customs.matching(self.model)  # what users replace themselves they see as it is
+            parts = leaving_a_rest(inference)
             dead, alignment = self._align(spared)
             used = constants_read(alignment.coupling) | constants_held(dead, inference)
-            if not lasting(inference, used, self._at_other_sizes()):
+            if not lasting(inference, used, parts, self._at_other_sizes()):
                 dead, alignment = self._align(spared)
         verification = self._verification()
         before = Snapshot(self.model)

@@ -196,6 +196,50 @@ def test_rows_of_a_table_that_only_a_longer_input_reads(form: str) -> None:
     assert compact(Layers(TABLES[form]).double().eval(), zero, torch.randn(2, 6, 6).double())[1] == 4 * (6 + 1 + 16 + 3)
 
 
+class Places(nn.Module):
+    """Mixes at most 16 places, of which as many are taken as the input has."""
+
+    def __init__(self, take: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.first, self.mix, self.head, self.take = nn.Linear(6, 8), nn.Linear(16, 16), nn.Linear(8, 3), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.first(x).relu(), (0, 0, 0, 16 - x.shape[1]))
+        return self.head(self.take(self.mix(y.mT), x.shape[1]).mT.relu())
+
+
+PLACES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "first": lambda y, n: y[..., :n],
+    "after turning": lambda y, n: y.mT[:, :n].mT,
+    "last": lambda y, n: y[..., -n:],
+    "one": lambda y, n: y[..., n - 1 : n],
+    "another one": lambda y, n: y.select(-1, n - 1)[..., None],
+    "all behind": lambda y, n: y[..., n - 1 :].mean(-1, keepdim=True),
+    "of several": lambda y, n: y.tanh().mul(2)[..., :n],
+}
+
+
+def early(model: nn.Module) -> dict[str, Tensor]:
+    """The first half of the places."""
+    return {"mix.weight": (torch.arange(16) > 7).double()[:, None]}
+
+
+@pytest.mark.parametrize("masks", [half, whole, early])
+@pytest.mark.parametrize("take", PLACES)
+def test_places_that_only_a_longer_input_needs(take: str, masks: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+    model = Places(PLACES[take]).double().eval()
+    check(model, masks(model), (2, 6, 6), (3, 6, 6), (1, 9, 6), (2, 3, 6), (2, 16, 6))
+
+
+def test_places_that_no_input_needs() -> None:
+    """A part that is taken of every input."""
+    model = Places(lambda y, n: y[..., 2:6]).double().eval()
+    reference, left = compact(model, early(model), torch.randn(2, 6, 6).double())
+    assert left > 16 * 17
+    x = torch.randn(3, 9, 6, dtype=torch.float64)
+    assert relative_error(model(x), reference(x)) <= 1e-9
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 6), (3, 1, 6), (6, 6, 6), (8, 8, 6)])
 def test_a_dummy_of_any_shape(shape: tuple[int, ...]) -> None:
     """Also a sequence of one, and sizes that are equal by chance."""

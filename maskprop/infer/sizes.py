@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from maskprop.graph.graph import is_op, shape_of
 from maskprop.graph.trace import of_torch
 from maskprop.infer.facts import Fact, all_over, broadcast_shape, differs_along, everywhere, lead, squash
+from maskprop.infer.parts import LOOKS_UP, other_parts, sized_parts, takes_some, zero_all_along
 from maskprop.infer.places import VIEWS
 from maskprop.infer.rules.joining import Cat
 from maskprop.infer.rules.movement import Movement, Parts
@@ -32,46 +33,50 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
-# Calls that take a part of a value: which one, may be a size; and those that no size changes.
-_LOOKS_UP = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
-_TAKES = {aten.slice.Tensor, aten.select.int, *_LOOKS_UP}
+# Calls that no size changes.
 _TURNS = {*VIEWS, aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.detach.default}
 # Numbers that no one makes of a size: what keeps a division finite, say, or how far an image is stretched.
 _LITERALS = {"eps", "momentum", "p", "scale_factors", "scales", "scales_h", "scales_w", "scales_d"}
 
 
-def lasting(inference: Inference, used: Mapping[fx.Node, Tensor], others: Iterable[Inference]) -> bool:
+def lasting(
+    inference: Inference,
+    used: Mapping[fx.Node, Tensor],
+    parts: Collection[fx.Node],
+    others: Iterable[Inference],
+) -> bool:
     """Forget those facts that hold at one size only, if any element that is used may be made of such.
+
+    And that a rest is not needed, of which an input of another size needs something.
 
     Args:
         inference: after its sweeps, which run again if anything is forgotten.
         used: which elements of values the plan takes for constants.
+        parts: calls that leave a rest which nothing needs, see :func:`~maskprop.infer.parts.leaving_a_rest`.
         others: the same model's after the forward sweep, on inputs of other sizes; asked for only where something is
             in doubt.
 
     Returns:
         Whether all facts stay.
     """
-    if not any(_in_doubt(node, inference) or _has_another_border(node, inference) for node in inference.graph.fx.nodes):
+    nodes = inference.graph.fx.nodes
+    if not parts and not any(_in_doubt(node, inference) or _has_another_border(node, inference) for node in nodes):
         return True
     sources = made_of(inference, {**_zeros_made(inference), **used})
     doubts = {node for node in sources if _in_doubt(node, inference, sources)}
     unlike: dict[fx.Node, Tensor] = {node: sources[node] for node in sources if _has_another_border(node, inference)}
-    if doubts:
-        log.info("tracing at other sizes, for %s", ", ".join(node.name for node in doubts))
-    for other in others if doubts else ():
-        for node, differs in itertools.chain(_compare(inference, other, doubts), _other_parts(inference, other)):
+    sized: set[fx.Node] = set()
+    if doubts or parts:
+        log.info("tracing at other sizes, for %s", ", ".join(node.name for node in [*doubts, *parts]))
+    for other in others if doubts or parts else ():
+        sized.update(sized_parts(parts, inference, other))
+        if not doubts:
+            continue
+        for node, differs in itertools.chain(_compare(inference, other, doubts), other_parts(inference, other)):
             unlike[node] = unlike[node] | differs if node in unlike else differs
-    if unlike:
-        inference.forget(unlike)
-    return not unlike
-
-
-def look_up(inference: Inference) -> None:
-    """Take from tables what is taken at known places: at another size that may fail, as the model then does."""
-    for node in inference.graph.fx.nodes:
-        if node.target in _LOOKS_UP and _takes_some(node, inference):
-            inference.facts.known[node].value()
+    if unlike or sized:
+        inference.forget(unlike, sized)
+    return not unlike and not sized
 
 
 def made_of(inference: Inference, used: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Any]:
@@ -104,11 +109,11 @@ def _zeros_made(inference: Inference) -> dict[fx.Node, Tensor]:
         made_of_numbers = node.op == "call_function" and tables.issuperset(node.all_input_nodes)
         if "lifted" in node.meta or made_of_numbers or (is_op(node) and isinstance(inference.rule(node), Uniform)):
             tables.add(node)
-        elif is_op(node) and (torch.Tag.pointwise in node.target.tags or _takes_some(node, inference)):
+        elif is_op(node) and (torch.Tag.pointwise in node.target.tags or takes_some(node, inference)):
             fact = known[node]
             if isinstance(fact, Fact) and not fact.plain and bool(fact.zero.any()):
                 pointwise = torch.Tag.pointwise in node.target.tags
-                before = _zero_before(node, inference, tables) if pointwise else _zero_all_along(node, inference)
+                before = _zero_before(node, inference, tables) if pointwise else zero_all_along(node, inference)
                 if bool((fact.zero & ~before).any()):
                     found[node] = fact.zero & ~before
     return found
@@ -119,24 +124,6 @@ def _makes_a_table(node: fx.Node, inference: Inference) -> bool:
     if torch.Tag.pointwise in node.target.tags or node.target in _TURNS:  # type: ignore[union-attr]
         return False
     return all(inference.facts.known[n].total for n in node.all_input_nodes)
-
-
-def _takes_some(node: fx.Node, inference: Inference) -> bool:
-    """Whether a call takes a part of a table, as the first so many positions."""
-    return node.target in _TAKES and all(inference.facts.known[n].total for n in node.all_input_nodes)
-
-
-def _zero_all_along(node: fx.Node, inference: Inference) -> Tensor:
-    """The zeros of what a call takes from a table, of those that are there wherever it is taken from."""
-    op = inference.op(node)
-    table, *others = (inference.facts.known[n] for n in op.inputs)
-    if node.target is aten.index.Tensor:
-        axes = [i for i, index in enumerate(op.arg("indices")) if index is not None]
-    else:
-        axes = [op.arg("dim", 0) % max(1, table.known.ndim)]
-    taken = inference.rule(node).known(op, [Fact.zeros(all_over(table.zero, axes)), *others])
-    assert isinstance(taken, Fact)
-    return taken.zero
 
 
 def _has_another_border(node: fx.Node, inference: Inference) -> bool:
@@ -169,7 +156,7 @@ def _in_doubt(node: fx.Node, inference: Inference, sources: Mapping[fx.Node, Any
         fact = inference.facts.known[node]
         return not isinstance(fact, Fact) or not bool(fact.zero.all())
     authored = kind is None or not of_torch(kind) or node.meta["path"] in inference.graph.hooked
-    if (authored or node.target in _LOOKS_UP) and _makes_a_table(node, inference):
+    if (authored or node.target in LOOKS_UP) and _makes_a_table(node, inference):
         return True
     number = authored and bool(_numbers(node))
     repeated = (n for n in inputs if len(n.users) > 1 and (sources is None or n in sources) and _repeats(node, n))
@@ -258,22 +245,6 @@ def _compare(a: Inference, b: Inference, doubts: set[fx.Node]) -> Iterator[tuple
             sized.add(node)
         elif is_op(node) and (apart or not isinstance(a.rule(node), Cat)):  # a part of it is compared by itself
             yield from _nonzero(node, a)
-
-
-def _other_parts(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, Tensor]]:
-    """The zeros of what calls take from a table, where they take something else in another pass: it may be none."""
-    theirs: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in b.graph.fx.nodes:
-        if _takes_some(node, b):
-            theirs[node.meta["path"], node.target].append(node)
-    for node in a.graph.fx.nodes:
-        if not _takes_some(node, a):
-            continue
-        others = theirs[node.meta["path"], node.target]
-        other = others.pop(0) if others else None
-        where = [[v for v in n.args if not isinstance(v, fx.Node)] for n in (node, other) if n is not None]
-        if len(where) < 2 or where[0] != where[1]:
-            yield node, a.facts.known[node].zero & ~_zero_all_along(node, a)
 
 
 def _lifted_apart(a: fx.Node, b: fx.Node) -> bool:

@@ -6,7 +6,7 @@ The forward rules do not read neededness, so one round of closed-form rules is t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from maskprop.errors import UnsupportedOpError
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
-from maskprop.infer.facts import Fact, as_double, everywhere, squash
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, everywhere, squash
 from maskprop.infer.op import Op
 from maskprop.infer.rules import Rule, find_rule
 from maskprop.infer.rules.probe import Claims, Probe
@@ -76,6 +76,7 @@ class Inference:
         self.facts = Facts()
         self.left: dict[fx.Node, StandIn | None] = {}
         self.unlike: Mapping[fx.Node, Tensor] = {}
+        self.sized: Collection[fx.Node] = ()
         self._fleeting: dict[fx.Node, Tensor] = {}
         self.ops: dict[fx.Node, Op] = {}
         self._rules: dict[fx.Node, Rule] = {}
@@ -140,9 +141,15 @@ class Inference:
                 last = self.graph.renewed[str(node.target)]
                 yield node, last if last is not None and shape_of(last) == shape_of(node) else None
 
-    def forget(self, unlike: Mapping[fx.Node, Tensor]) -> None:
-        """Run both sweeps again without what is known of some elements of values."""
-        self.unlike = unlike
+    def forget(self, unlike: Mapping[fx.Node, Tensor], sized: Collection[fx.Node] = ()) -> None:
+        """Run both sweeps again without what is known of some elements of values.
+
+        Args:
+            unlike: which elements.
+            sized: calls that take as much of an axis as the sizes of the inputs say: all of it may be needed, and
+                what they give is known where it is the same all along.
+        """
+        self.unlike, self.sized = unlike, sized
         self.left.clear()
         self.run()
 
@@ -194,10 +201,21 @@ class Inference:
             known[node] = known[node.args[0]][node.args[1]]  # type: ignore[index]
         elif node.op == "call_function":
             op = self.op(node)
-            known[node] = self.rule(node).known(op, [known[n] for n in op.inputs])
+            facts = [known[n] for n in op.inputs]
+            found = known[node] = self.rule(node).known(op, facts)
+            if node in self.sized and isinstance(found, Fact) and not found.plain:
+                known[node] = found.without(~self._same_all_along(op, facts))
         for less in (self.unlike, self._fleeting):
             if node in less:
                 known[node] = known[node].without(less[node])
+
+    def _same_all_along(self, op: Op, facts: Sequence[Fact]) -> Tensor:
+        """What a call that takes a part of an axis gives whichever part it is."""
+        axis, value = op.arg("dim", 0) % facts[0].known.ndim, facts[0].value()
+        same = value.amax(axis, keepdim=True) == value.amin(axis, keepdim=True)
+        taken = self.rule(op.node).known(op, [Fact.zeros(all_over(facts[0].known, [axis]) & same), *facts[1:]])
+        assert isinstance(taken, Fact)
+        return taken.zero
 
     def update_indirect(self, node: fx.Node) -> None:
         """Send one node's neededness to its inputs."""
@@ -217,11 +235,10 @@ class Inference:
         op = self.op(node)
         parts = needed[node] if op.several else [needed[node]]
         asked, some = None, False  # a norm's vectors are all needed alike
-        for source, part in zip(
-            op.inputs,
-            self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts),
-            strict=True,
-        ):
+        asks = self.rule(node).needed(op, [self.facts.known[n] for n in op.inputs], parts)
+        if node in self.sized:
+            asks = [any_over(asks[0], [op.arg("dim", 0) % asks[0].ndim]), *asks[1:]]
+        for source, part in zip(op.inputs, asks, strict=True):
             if part is not asked:
                 asked, some = part, bool(part.any())
             if some:
