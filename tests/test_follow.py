@@ -93,6 +93,7 @@ class Block(Heads):
     def forward(self, x: torch.Tensor, scales: list[float] | None = None) -> torch.Tensor:
         Block.ran.append(self.number)
         y = self.into(x).view(len(x), self.heads, 2) * (scales or [self.factor])[0]
+        y = ((y * 2 + 1).tanh() - 0.5).sigmoid()  # so that following takes longer than comparing
         return x + self.back(self.out(self.kept(y).flatten(1)))
 
 

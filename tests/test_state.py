@@ -89,3 +89,27 @@ def test_what_a_call_turns_into_something_else_stays(form: str) -> None:
     left, error = speed_up(form, 0.5, ["first.weight", "first.bias"])
     assert left == 0
     assert error <= 1e-9
+
+
+class Neighbours(nn.Module):
+    """Sums over the neighbours in a sparse graph, and holds a buffer that nobody set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("near", (torch.rand(5, 5) > 0.5).float().to_sparse())
+        self.register_buffer("unset", torch.full((2,), torch.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sparse.mm(self.near, self.first(x)).relu())
+
+
+def test_buffers_of_any_layout_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, rows = Neighbours().eval(), (torch.arange(8) % 2).float()
+    masks = {"first.weight": rows[:, None], "first.bias": rows}
+    reference, near = masked_reference(model, masks), model.near
+    ModelSpeedup(model, torch.randn(5, 6), masks).speedup_model()
+    x = torch.randn(5, 6)
+    assert model.near is near
+    assert relative_error(model(x), reference(x)) <= 1e-6

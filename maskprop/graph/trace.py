@@ -339,9 +339,10 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, version, data, content in written:
-                if buffer.is_meta or buffer.data_ptr() != data.data_ptr():
+                dense = data.layout is torch.strided
+                if dense and (buffer.is_meta or buffer.data_ptr() != data.data_ptr()):
                     buffer.data = data
-                if buffer._version != version or not torch.equal(data, content):
+                if buffer._version != version or (dense and not torch.equal(data, content)):
                     buffer.copy_(content)
         for table in empty:
             table.clear()

@@ -32,7 +32,7 @@ _PLAIN = {
     *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU),
 }
 
-# Calls of fewer ops are followed sooner than compared.
+# Calls in which fewer ops are followed one by one are followed sooner than compared.
 _MANY = 8
 
 
@@ -71,7 +71,7 @@ class _Follower(Recorder):
         self.constants: list[tuple[fx.Node, Tensor]] = []
         self._replay = replay
         self._diverged = False
-        self._ops, self._done = graph.ops, 0
+        self._ops, self._done, self._one_by_one = graph.ops, 0, 0
         self._inputs = iter([n for n in nodes if n.op == "placeholder"])
         self._lifted = iter([n for n in nodes if "lifted" in n.meta])
         self._states = {str(n.target): n for n in nodes if n.op == "get_attr"}
@@ -110,6 +110,7 @@ class _Follower(Recorder):
         if want is None or not self._replay.agrees(want, target, args, kwargs, meta):
             raise self._divergence()
         self._done += 1
+        self._one_by_one += 1
         return want
 
     def _note_read(self, node: fx.Node) -> None:
@@ -143,9 +144,9 @@ class _Follower(Recorder):
             result = self._skip_block(module, dense, args, kwargs, followed)
             if result is not None:
                 return result
-        done = self._done
+        done, one_by_one = self._done, self._one_by_one
         result = super()._run(module, args, kwargs)
-        if first and self._done - done >= _MANY:
+        if first and self._one_by_one - one_by_one >= _MANY:
             followed.append(Call(module, path, self._given[path], self._ops[done : self._done]))
         return result
 
