@@ -60,7 +60,7 @@ def leaving_a_rest(inference: Inference) -> list[fx.Node]:
 
 
 def _leaves_a_rest(node: fx.Node, inference: Inference) -> bool:
-    if node.target not in _BOUNDED:
+    if node.target not in _BOUNDED or takes_some(node, inference):  # no layer makes the rest of a table
         return False
     op = inference.op(node)
     needed, axis = inference.facts.needed.get(op.inputs[0]), op.arg("dim", 0) % len(op.shapes[0])
