@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from maskprop.infer.facts import Fact, all_over, any_over
+from maskprop.infer.facts import Fact, all_over
+from maskprop.infer.op import Op
 from maskprop.infer.rules.extent import own_axes
 from maskprop.infer.sweep import Inference
 
@@ -55,7 +56,7 @@ def other_parts(a: Inference, b: Inference) -> Iterator[tuple[fx.Node, Tensor]]:
 
 
 def leaving_a_rest(inference: Inference) -> list[fx.Node]:
-    """Calls that take a part of an axis that is as long as the model says, the rest of which nothing needs."""
+    """Calls that take a part of an axis that is as long as the model says, the rest of which nobody takes."""
     return [node for node in inference.graph.fx.nodes if _leaves_a_rest(node, inference)]
 
 
@@ -63,10 +64,30 @@ def _leaves_a_rest(node: fx.Node, inference: Inference) -> bool:
     if node.target not in _BOUNDED or takes_some(node, inference):  # no layer makes the rest of a table
         return False
     op = inference.op(node)
-    needed, axis = inference.facts.needed.get(op.inputs[0]), op.arg("dim", 0) % len(op.shapes[0])
-    if needed is None or needed.shape[axis] == 1 or not own_axes(op.inputs[0])[axis]:
+    source, axis = op.inputs[0], op.arg("dim", 0) % len(op.shapes[0])
+    size: int = op.shapes[0][axis]
+    # the first and the last are what they are at every size
+    plain = all(op.arg(name) in (None, 0, 1, -1) for name in ("start", "index")) and _end(op, size) in (1, -1, size)
+    if plain or source not in inference.facts.needed or not own_axes(source)[axis]:
         return False
-    return bool((any_over(needed, [axis]) & ~needed).any())
+    taken: set[int] = set()
+    for user in source.users:
+        if user.target not in _BOUNDED or inference.op(user).arg("dim", 0) % len(op.shapes[0]) != axis:
+            return False
+        taken.update(_places(inference.op(user), size))
+    return len(taken) < size
+
+
+def _end(op: Op, size: int) -> int:
+    end: int | None = op.arg("end")
+    return size if end is None else min(end, size)
+
+
+def _places(op: Op, size: int) -> Iterable[int]:
+    """Which places of an axis a call takes."""
+    if op.target is aten.select.int:
+        return (op.arg("index") % size,)
+    return range(size)[op.arg("start") : op.arg("end") : op.arg("step", 1)]
 
 
 def sized_parts(parts: Collection[fx.Node], a: Inference, b: Inference) -> list[fx.Node]:
