@@ -90,9 +90,9 @@ class Block(Heads):
         super().__init__(4, 2.0)
         self.number, self.back, self.kept = number, nn.Linear(4, 6), nn.ReLU()
 
-    def forward(self, x: torch.Tensor, scales: list[float] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scales: list[float]) -> torch.Tensor:  # type: ignore[override]
         Block.ran.append(self.number)
-        y = self.into(x).view(len(x), self.heads, 2) * (scales or [self.factor])[0]
+        y = self.into(x).view(len(x), self.heads, 2) * scales[0] * self.factor
         y = ((y * 2 + 1).tanh() - 0.5).sigmoid()  # so that following takes longer than comparing
         return x + self.back(self.out(self.kept(y).flatten(1)))
 
@@ -103,34 +103,39 @@ class Blocks(nn.Module):
     def __init__(self, numbers: list[int]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(map(Block, numbers))
+        self.scales = [[2.0]] * 3
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
+        for block, scales in zip(self.blocks, self.scales, strict=True):
+            x = block(x, scales)
         return x
 
 
-def _stale(block: Block) -> None:
-    block.heads = 4
+def _stale(model: Any, which: int) -> None:
+    model.blocks[which].heads = 4
 
 
-def _other_factor(block: Block) -> None:
-    block.factor = 3.0
+def _other_factor(model: Any, which: int) -> None:
+    model.blocks[which].factor = 3.0
 
 
-def _wider(block: Block) -> None:
-    block.out.weight.data = torch.ones(4, 5)
+def _other_argument(model: Any, which: int) -> None:
+    model.scales[which] = [3.0]
 
 
-def _hooked(block: Block) -> None:
-    block.out.register_forward_hook(lambda module, args, result: result * 2.0)
+def _wider(model: Any, which: int) -> None:
+    model.blocks[which].out.weight.data = torch.ones(4, 5)
 
 
-def _other_class(block: Block) -> None:
-    block.kept.__class__ = nn.Tanh  # type: ignore[assignment]
+def _hooked(model: Any, which: int) -> None:
+    model.blocks[which].out.register_forward_hook(lambda module, args, result: result * 2.0)
 
 
-TAMPERED = [_stale, _other_factor, _wider, _hooked, _other_class]
+def _other_class(model: Any, which: int) -> None:
+    model.blocks[which].kept.__class__ = nn.Tanh
+
+
+TAMPERED = [_stale, _other_factor, _other_argument, _wider, _hooked, _other_class]
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 7], [0, 1, 4], [0, 1, 2]], ids=str)
@@ -152,7 +157,7 @@ def test_of_like_blocks_one_is_followed(numbers: list[int], monkeypatch: pytest.
 @pytest.mark.parametrize("tamper", TAMPERED)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_block_that_is_unlike_the_others_is_seen(
-    tamper: Callable[[Block], None], which: int, monkeypatch: pytest.MonkeyPatch
+    tamper: Callable[[Any, int], None], which: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
 
@@ -160,7 +165,7 @@ def test_a_block_that_is_unlike_the_others_is_seen(
         if not whole(self, model, inputs):
             return False
         tampered = copy.deepcopy(model)
-        tamper(tampered.blocks[which])
+        tamper(tampered, which)
         found.append(whole(self, tampered, inputs))
         return True
 

@@ -79,7 +79,6 @@ class _Follower(Recorder):
         self._outputs = nodes[-1].args[0]
         self._dense = {call.number: call for call in graph.history}
         self._first = {call.path: call.number for call in reversed(graph.history)}
-        self._given = graph.calls
         self._followed: dict[type, list[Call]] = {}
 
     def add_input(self, tensor: Tensor, name: str) -> None:
@@ -137,38 +136,36 @@ class _Follower(Recorder):
     def _run_block(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run a module, unless an earlier call shows what it would do."""
         path, number = self._stack[-1]
-        followed = self._followed.setdefault(type(module), [])
         dense = self._dense.get(number)
-        first = dense is not None and self._first[path] == number
-        if dense is not None and first and followed:
-            result = self._skip_block(module, dense, args, kwargs, followed)
-            if result is not None:
-                return result
-        done, one_by_one = self._done, self._one_by_one
+        if dense is None or self._first.get(path) != number:
+            return super()._run(module, args, kwargs)
+        call = Call(module, path, super()._nodes_of((args, kwargs)), self._ops_of(dense))
+        followed = self._followed.setdefault(type(module), [])
+        if self._is_known(call, dense.result, followed):
+            given = {self._node_of_call(t): t for _, t in tensors_in((args, kwargs))}
+            self._done += len(call.ops)
+            self._calls = dense.last
+            like = next(t for t in given.values() if isinstance(t, FakeTensor))
+            return map_tensors(
+                dense.result, lambda node: given[node] if node in given else self._made(node, like), fx.Node
+            )
+        one_by_one = self._one_by_one
         result = super()._run(module, args, kwargs)
-        if first and self._one_by_one - one_by_one >= _MANY:
-            followed.append(Call(module, path, self._given[path], self._ops[done : self._done]))
+        if self._one_by_one - one_by_one >= _MANY:
+            followed.append(call)
         return result
 
-    def _skip_block(
-        self, module: nn.Module, dense: ModuleCall, args: Any, kwargs: Any, followed: Sequence[Call]
-    ) -> Any:
-        """What the running call results in, if it is like one that was followed; its ops count as done."""
-        ops = self._ops_of(dense)
-        followed = [one for one in followed if len(one.ops) == len(ops) and self._sizes(one.ops) == self._sizes(ops)]
-        if not followed or dense.result is None:
-            return None
-        call = Call(module, dense.path, super()._nodes_of((args, kwargs)), ops)
-        given = {self._node_of_call(t): t for _, t in tensors_in((args, kwargs))}
-        like = next((t for t in given.values() if isinstance(t, FakeTensor)), None)
-        if like is None or not _is_made(dense.result, {*given, *ops}):
-            return None
+    def _is_known(self, call: Call, result: Any, followed: Sequence[Call]) -> bool:
+        """Whether a call is like one that was followed, and results in tensors that can be made here."""
+        ops = call.ops
+        likely = [one for one in followed if len(one.ops) == len(ops) and self._sizes(one.ops) == self._sizes(ops)]
+        if not likely:
+            return False
+        given = {node for _, node in tensors_in(call.given, kind=fx.Node) if node.op != "get_attr"}
+        if not given or not _is_made(result, {*given, *ops}):
+            return False
         with _disable_current_modes():  # what is computed here is none of the model's ops
-            if not any(are_alike(one, call, self._replay) for one in followed):
-                return None
-        self._done += len(ops)
-        self._calls = dense.last
-        return map_tensors(dense.result, lambda node: given[node] if node in given else self._made(node, like), fx.Node)
+            return any(are_alike(one, call, self._replay) for one in likely)
 
     def _sizes(self, ops: Sequence[fx.Node]) -> Any:
         """What two calls that are alike have in common, to begin with."""
