@@ -95,15 +95,18 @@ class _Pairs:
         return self.replay.start(a) == self.replay.start(b) and numbers.get(a) == numbers.get(b)
 
     def _same(self, a: Any, b: Any) -> bool:
+        """Whether two arguments correspond, all the way down."""
         return _equal(a, b, self._correspond)
 
     def _correspond(self, a: Any, b: Any) -> bool:
-        mate = self._mates.get(a)
-        if mate is None and isinstance(a, fx.Node):
+        if not isinstance(a, fx.Node):
+            return a is b
+        if a not in self._mates:
             parts = a.target is b.target is operator.getitem and self._same(a.args, b.args)
-            if parts or self._own_alike(a, b):
-                mate = self._mates[a] = b
-        return mate is b if isinstance(a, fx.Node) else a is b
+            if not parts and not self._own_alike(a, b):
+                return False
+            self._mates[a] = b
+        return self._mates[a] is b
 
     def _own_alike(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two of the model's tensors are the same one, or each module's own."""
