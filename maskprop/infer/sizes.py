@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 # Calls that no size changes.
-_TURNS = {*VIEWS, aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.detach.default}
+_TURNS = {
+    *(*VIEWS, aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.detach.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+}
 # Numbers that no one makes of a size: what keeps a division finite, say, or how far an image is stretched.
 _LITERALS = {"eps", "momentum", "p", "scale_factors", "scales", "scales_h", "scales_w", "scales_d"}
 
