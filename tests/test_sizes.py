@@ -290,7 +290,7 @@ def test_nothing_is_traced_again_without_need(bias: bool, traces: list[Inputs]) 
     scaled = Layers(lambda m, x: m.first(x) * x.shape[1]).eval()
     rows = torch.arange(8) % 2
     convolution = {"0.weight": rows.reshape(8, 1, 1, 1)}
-    turned = Layers(lambda m, x: F.linear(m.first(x).relu(), m.mid.weight[:, None].squeeze(1))).eval()
+    turned = Layers(lambda m, x: m.first(x).relu() + m.mid.bias[:, None].squeeze(1)).eval()
     compact(turned, {"first.weight": rows.reshape(8, 1)}, torch.randn(2, 6, 6))
     assert len(traces) == 1
     traces.clear()
