@@ -284,9 +284,9 @@ def _as_bool(where: str, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.clone()
     boolean = mask != 0
-    wrong = boolean & (mask != 1)
-    if not wrong.any():
+    if torch.equal(boolean.to(mask.dtype), mask):
         return boolean
+    wrong = boolean & (mask != 1)
     index = tuple(wrong.nonzero()[0].tolist())
     value = mask[index].item()
     advice = (

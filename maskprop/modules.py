@@ -28,16 +28,23 @@ def modules_by_path(model: nn.Module, aliases: bool = False) -> dict[str, nn.Mod
 
 def own_tensors(module: nn.Module, bare: bool = False) -> dict[str, Tensor]:
     """A module's own parameters and buffers, none of its children's; with ``bare`` other tensors it holds, too."""
-    found = {name: t for table in (module._parameters, module._buffers) for name, t in table.items() if t is not None}
+    return dict(_own(module, bare))
+
+
+def _own(module: nn.Module, bare: bool) -> Iterator[tuple[str, Tensor]]:
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield name, tensor
     if bare:
-        attributes = vars(module).items()
-        found.update((name, v) for name, v in attributes if name not in TABLES and isinstance(v, Tensor))
-    return found
+        for name, value in vars(module).items():
+            if name not in TABLES and isinstance(value, Tensor):
+                yield name, value
 
 
 def named_tensors(modules: Mapping[str, nn.Module], bare: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The modules' own tensors, see :func:`own_tensors`, under names that begin with the modules' paths."""
     for path, module in modules.items():
         dot = path + "." if path else ""
-        for name, tensor in own_tensors(module, bare).items():
+        for name, tensor in _own(module, bare):
             yield dot + name, tensor

@@ -189,7 +189,7 @@ class ModelSpeedup:
             insert_activation_masks(self.graph, self.model, self.masks.activations)
         masks = {self.graph.aliases.get(k, k): v for k, v in self.masks.parameters.items()}
         for name in masks:
-            tensor = tensor_of(self.model, name)
+            tensor = self.graph.state[name] if name in self.graph.state else tensor_of(self.model, name)
             if tensor.is_meta and self.read is not None:
                 tensor = self.read(name)
             if not tensor.is_meta and not _finite(tensor.detach()):

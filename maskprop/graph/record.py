@@ -21,7 +21,7 @@ from maskprop.graph.graph import MUTABLE_STATISTICS, Graph, ModuleCall, TensorMe
 from maskprop.graph.numbers import number_of
 from maskprop.graph.shapes import run_on_fakes
 from maskprop.graph.structure import map_tensors
-from maskprop.modules import modules_by_path, named_tensors, own_tensors
+from maskprop.modules import modules_by_path, named_tensors
 
 # Calls that answer a question about a tensor's metadata and compute nothing.
 _QUERIES = {
@@ -199,7 +199,6 @@ class Recorder(TorchDispatchMode):
         self.graph.output_paths = [path for path, _ in outputs]
         self.graph.fx.output(tuple(nodes))
         self.drop_unread()
-        self.graph.renewed = dict(self._renewed())
         return self.graph
 
     def _renewed(self) -> Iterator[tuple[str, fx.Node | None]]:
@@ -208,7 +207,9 @@ class Recorder(TorchDispatchMode):
         for name, node in self._states.items():
             tensor, (path, _, key) = self.graph.state[name], name.rpartition(".")
             if path in modules and not isinstance(tensor, nn.Parameter):
-                tensor = own_tensors(modules[path], bare=True).get(key, tensor)
+                own = modules[path]
+                held = own._buffers[key] if key in own._buffers else vars(own).get(key)
+                tensor = held if isinstance(held, Tensor) else tensor
             value = self._values.get(id(tensor))
             last = None if value is None else value.node
             if last is not node:
@@ -226,7 +227,8 @@ class Recorder(TorchDispatchMode):
 
     def _unread_nodes(self) -> list[fx.Node]:
         found: dict[fx.Node, None] = {}
-        remembered = {node for _, node in self._renewed()}
+        self.graph.renewed = dict(self._renewed())
+        remembered = set(self.graph.renewed.values())
         for node in reversed(self.graph.fx.nodes):
             implied = node.op == "get_attr" or "implied" in node.meta or node.target is operator.getitem
             if implied and found.keys() >= node.users.keys() and node not in remembered:

@@ -49,10 +49,11 @@ class Fact:
         self.nothing = not self.total and known.numel() == 1
 
     @staticmethod
+    @functools.cache
     def unknown(ndim: int, row_axis: int | None = None) -> Fact:
         """Nothing is known."""
         false = everywhere(False, ndim)
-        return Fact(false, false, lambda: torch.zeros((1,) * ndim, dtype=torch.float64), row_axis=row_axis)
+        return Fact(false, false, torch.zeros((1,) * ndim, dtype=torch.float64, device="cpu"), row_axis=row_axis)
 
     @staticmethod
     def constant(ndim: int, value: Callable[[], Tensor], again: bool = False) -> Fact:
@@ -75,7 +76,7 @@ class Fact:
             known = everywhere(True, value.ndim)
         else:
             somewhere = any_over(known, [d for d in range(known.ndim) if value.shape[d] == 1])
-            value = torch.where(somewhere, value, torch.zeros((), dtype=value.dtype))
+            value = torch.where(somewhere, value, _zero(value.dtype))
         return Fact(known, known & (value == 0), value)
 
     def value(self) -> Tensor:
@@ -108,6 +109,11 @@ class Fact:
 def everywhere(holds: bool, ndim: int) -> Tensor:
     """The same bool over a whole value of ``ndim`` axes; shared, so never written to."""
     return torch.full((1,) * ndim, holds, device="cpu")
+
+
+@functools.cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def as_double(t: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ def apply_plan(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     Raises:
         PlanError: the plan names a tensor that the model does not have, or of another shape.
     """
-    follows = following(edits.model, plan)
-    apply_tensors(edits, plan, masks)
-    update_leaves(edits, plan, follows)
+    modules = modules_by_path(edits.model, aliases=True)
+    follows = following(modules, plan)
+    apply_tensors(edits, modules, plan, masks)
+    update_leaves(edits, modules, plan, follows)
     for change in plan.attributes:
         change_attribute(edits, change)
 
@@ -60,9 +61,8 @@ def change_attribute(edits: Edits, change: AttributeChange) -> None:
     edits.set_attribute(module, holder, config)
 
 
-def apply_tensors(edits: Edits, plan: Plan, masks: Mapping[str, Tensor]) -> None:
-    """Slice, mask and add; see :func:`apply_plan`."""
-    modules = modules_by_path(edits.model, aliases=True)
+def apply_tensors(edits: Edits, modules: Mapping[str, nn.Module], plan: Plan, masks: Mapping[str, Tensor]) -> None:
+    """Slice, mask and add; see :func:`apply_plan`. ``modules``: the model's, by all of their paths."""
     for name in dict.fromkeys([*plan.keep, *masks, *(a.name for a in plan.add)]):
         path, _, key = name.rpartition(".")
         try:

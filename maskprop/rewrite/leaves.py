@@ -6,13 +6,12 @@ of which units stayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from maskprop.align.plan import Plan
-from maskprop.modules import modules_by_path
 from maskprop.rewrite.edits import Edits
 
 Update = Callable[[nn.Module, "LeafPlan"], dict[str, object]]
@@ -39,7 +38,7 @@ class LeafPlan:
         if rows is None:
             return count
         size = self._plan.shapes[name][0] // count
-        return len(torch.unique(rows // size))
+        return len(rows) if size == 1 else len(torch.unique(rows // size))
 
 
 def leaf(*types: type) -> Callable[[Update], Update]:
@@ -53,13 +52,12 @@ def leaf(*types: type) -> Callable[[Update], Update]:
     return add
 
 
-def following(model: nn.Module, plan: Plan) -> dict[str, set[str]]:
+def following(modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, set[str]]:
     """The attributes of every leaf whose tensors will shrink that are what its class makes of its tensors.
 
     Asked before anything shrinks: in a subclass an attribute may mean something else.
     """
     found = {}
-    modules = modules_by_path(model, aliases=True)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in plan.keep):
         module = modules.get(path)
         update = _update_of(module)
@@ -72,9 +70,10 @@ def following(model: nn.Module, plan: Plan) -> dict[str, set[str]]:
     return found
 
 
-def update_leaves(edits: Edits, plan: Plan, names: dict[str, set[str]]) -> None:
+def update_leaves(
+    edits: Edits, modules: Mapping[str, nn.Module], plan: Plan, names: Mapping[str, Collection[str]]
+) -> None:
     """Set the attributes of every leaf whose tensors shrank, those named by :func:`following`."""
-    modules = modules_by_path(edits.model, aliases=True)
     for path, follows in names.items():
         module = modules[path]
         update = _update_of(module)

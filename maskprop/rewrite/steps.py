@@ -48,7 +48,7 @@ class Snapshot:
         self.modules = modules_by_path(model)
         self.classes = {path: type(m) for path, m in self.modules.items()}
         self.attributes = {path: vars(m).copy() for path, m in self.modules.items()}
-        self.architecture = architecture(model)
+        self.architecture = architecture(model, self.modules)
         self.shapes = {name: tuple(shape) for name, shape in self.architecture["tensors"].items()}
         self.parameters, self.bytes = count(self.modules)
 
@@ -113,11 +113,11 @@ class ModuleChange:
         }
 
 
-def architecture(model: nn.Module) -> dict[str, Any]:
+def architecture(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The fingerprint of a model: shapes of its parameters and buffers, class and settings of its modules."""
     return {
         "tensors": {name: list(t.shape) for name, t in named_tensors(modules_by_path(model, aliases=True))},
-        "modules": {path: [type(m).__name__, m.extra_repr()] for path, m in modules_by_path(model).items()},
+        "modules": {path: [type(m).__name__, m.extra_repr()] for path, m in modules.items()},
         "torch": _minor(torch.__version__),
     }
 
@@ -128,7 +128,7 @@ def check_architecture(model: nn.Module, expected: dict[str, Any]) -> None:
     Raises:
         ArchitectureError: they differ; the message names the first difference.
     """
-    actual = architecture(model)
+    actual = architecture(model, modules_by_path(model))
     advice = "Build the dense architecture that was sped up, with the same arguments."
     same_torch = expected["torch"] == actual["torch"]  # other versions may print a module's settings otherwise
     for path, (kind, settings) in expected["modules"].items():
@@ -228,7 +228,7 @@ def apply_record(model: nn.Module, record: dict[str, Any], trust_code: bool = Fa
 
 
 def _apply_step(edits: Edits, step: dict[str, Any], trust_code: bool) -> None:
-    apply_tensors(edits, Plan.from_dict(step["plan"]), {})
+    apply_tensors(edits, modules_by_path(edits.model, aliases=True), Plan.from_dict(step["plan"]), {})
     for path, change in step["modules"].items():
         module = edits.model.get_submodule(path)
         if "class" in change:

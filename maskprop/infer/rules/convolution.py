@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskprop.infer.coupling import Contraction, Coupling, Labels, moved
-from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul
+from maskprop.infer.facts import Fact, all_over, any_over, bool_matmul, everywhere
 from maskprop.infer.op import Op
 from maskprop.infer.places import bias_place, calls_alike, weight_place
 from maskprop.infer.rules.registry import Rule, evaluate, register
@@ -107,22 +107,24 @@ class Convolution(Rule):
         return bool_matmul(nz, inputs.unsqueeze(-1)).squeeze(-1)
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
-        y = any_over(needed[0], range(2, needed[0].ndim)).flatten(1)
-        groups = self._layout(op)[0]
-        nz = self._pattern(facts[1], op)
-        x = self._read_inputs(nz, self._by_group(y, groups), op.shapes[0][1], groups)
-        ndim = len(op.shape)
-        some = torch.full((1,) * ndim, bool(y.any()))
+        x, ndim = self._read_inputs(op, facts[1], needed[0]), len(op.shape)
+        some = everywhere(bool(needed[0].any()), ndim)
         found = [x.reshape((*x.shape,) + (1,) * (ndim - 2)), some]
-        return found if len(facts) == 2 else [*found, any_over(y, [0]).reshape(-1)]
+        return found if len(facts) == 2 else [*found, any_over(needed[0], [0, *range(2, ndim)]).reshape(-1)]
 
-    @staticmethod
-    def _read_inputs(nz: Tensor, outputs: Tensor, channels: int, groups: int) -> Tensor:
-        """(N, C) or (N, 1): which inputs some of these outputs (N, G, O) read."""
-        read = bool_matmul(outputs.unsqueeze(-2), nz).squeeze(-2)  # (N, G, I)
-        if read.shape[1:].numel() == 1:
-            return read.flatten(1)
-        return read.expand(-1, groups, channels // groups).flatten(1)
+    def _read_inputs(self, op: Op, weight: Fact, needed: Tensor) -> Tensor:
+        """(N, C) or (N, 1): which inputs some of these outputs read."""
+        *same, found = op.memo.get("read", (None, None, None))
+        if same[0] is not weight or same[1] is not needed:
+            groups = self._layout(op)[0]
+            outputs = self._by_group(any_over(needed, range(2, needed.ndim)).flatten(1), groups)
+            found = bool_matmul(outputs.unsqueeze(-2), self._pattern(weight, op)).squeeze(-2)  # (N, G, I)
+            if found.shape[1:].numel() > 1:
+                found = found.expand(-1, groups, op.shapes[0][1] // groups)
+            found = found.flatten(1)
+            op.memo["read"] = weight, needed, found
+        assert isinstance(found, Tensor)
+        return found
 
     def couple(self, op: Op, labels: Sequence[Labels], c: Coupling) -> Labels:
         groups, transposed, ragged = self._layout(op)
@@ -210,10 +212,8 @@ class Convolution(Rule):
 
     def _read(self, op: Op, c: Coupling) -> Tensor:
         """(C,): which channels a needed output reads."""
-        groups, y = self._layout(op)[0], c.needed_of(op)
-        outputs = self._by_group(any_over(y, [0, *range(2, y.ndim)]).flatten(1), groups)
-        channels = op.shapes[0][1]
-        return self._read_inputs(self._pattern(c.facts_of(op)[1], op), outputs, channels, groups)[0].expand(channels)
+        read = self._read_inputs(op, c.facts_of(op)[1], c.needed_of(op))
+        return any_over(read, [0])[0].expand(op.shapes[0][1])
 
     def _seen(self, op: Op, c: Coupling) -> tuple[Tensor, Tensor, Tensor]:
         """Which channels a call reads, their constants, and where they are known."""
@@ -243,7 +243,7 @@ def channel_constant(x: Fact) -> tuple[Tensor, Tensor]:
 def channel_value(x: Fact) -> Tensor:
     """(C or 1,): the number of each channel that is one, see :func:`channel_constant`."""
     v = x.value()
-    return v.movedim(1, 0).reshape(v.shape[1], -1)[:, 0]
+    return v.reshape(-1) if v.numel() == v.shape[1] else v.movedim(1, 0).reshape(v.shape[1], -1)[:, 0]
 
 
 def unit_constants(
@@ -258,8 +258,9 @@ def unit_constants(
     seen, _ = channel_constant(x)
     uniform = seen.expand(channels) & live
     others = [0, *range(2, x.known.ndim)]
-    mapped = all_over(x.known, others).reshape(-1).expand(channels) & live
-    if not bool((mapped & ~uniform).any()):
+    varied = not x.nothing and any(t.shape[d] > 1 for t in (x.known, x.value()) for d in others)
+    mapped = all_over(x.known, others).reshape(-1).expand(channels) & live if varied else uniform
+    if not varied or not bool((mapped & ~uniform).any()):
         if not bool(uniform.any()):
             return torch.zeros(channels, dtype=torch.float64), uniform
         return torch.where(uniform, channel_value(x).expand(channels), 0.0), uniform

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from maskprop.infer.coupling import Count, Coupling, Labels, moved
-from maskprop.infer.facts import Fact, all_over, any_over, as_double, broadcast_shape, lead, reduce_to, spread, squash
+from maskprop.infer.facts import Fact, all_over, any_over, as_double, lead, reduce_to, spread, squash
 from maskprop.infer.op import Op
 from maskprop.infer.places import ScalePlace
 from maskprop.infer.rules.convolution import channel_constant, channel_value, split_rows
@@ -61,18 +61,19 @@ class BatchNorm(Rule):
         if not bool(known.any()):
             return Fact.unknown(ndim), *unknowns(op)[1:]
         scaled = seen if known is seen or weight is None else seen & ~weight.zero
-        if not bool((scaled if bias is None else scaled | known & ~bias.zero).any()):
+        varied = known is seen or bool(scaled.any())
+        if not varied and (bias is None or not bool((known & ~bias.zero).any())):
             return Fact.zeros(_on_channels(known, ndim)), *unknowns(op)[1:]
         value = torch.zeros(1, dtype=torch.float64)
         mean, var = _affine(op, facts, "running_mean"), _affine(op, facts, "running_var")
-        if bool(scaled.any()) and mean is not None and var is not None and not self._on_batch(op):
+        if varied and mean is not None and var is not None and not self._on_batch(op):
             value = (channel_value(x) - mean.value()) * torch.rsqrt(var.value() + op.arg("eps"))
             value = value if weight is None else value * weight.value()
             value = value if known is seen else torch.where(scaled, value, 0.0)
         if bias is not None:
             value = value + bias.value()
-        first = Fact.of_value(value, known.expand(broadcast_shape(known.shape, value.shape)))
-        return first.map(lambda t: _on_channels(t, ndim)), *unknowns(op)[1:]
+        known = known.expand_as(value) if known.numel() < value.numel() else known
+        return Fact.of_value(_on_channels(value, ndim), _on_channels(known, ndim)), *unknowns(op)[1:]
 
     def needed(self, op: Op, facts: Sequence[Fact], needed: Sequence[Tensor]) -> list[Tensor]:
         if _any(needed[1:]):

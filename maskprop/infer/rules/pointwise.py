@@ -44,8 +44,7 @@ class Pointwise(Rule):
                 return Fact.zeros(known)
         if not bool(known.any()):
             return Fact.unknown(ndim)
-        size = broadcast_shape(*(f.known.shape for f in facts))
-        if all(f.total for f in facts) and math.prod(size) > EAGER_LIMIT:
+        if all(f.total for f in facts) and math.prod(broadcast_shape(*(f.known.shape for f in facts))) > EAGER_LIMIT:
             return Fact(known, known & False if zero is None else zero, lambda: op.run(*(f.value() for f in facts)))
         value = as_double(op.run(*(f.value() for f in facts)))
         if zero is not None and bool(zero.any()):
