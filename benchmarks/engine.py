@@ -48,6 +48,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
 QUICK = ("ResNet-18", "MobileNetV2", "BERT-base")
 PEERS = {"Torch-Pruning": "torch-pruning", "torch-simplify": "torch-simplify"}
 PEER_LIMIT = 120  # seconds
+MOST_TURNS = 40
 Row = dict[str, Any]
 
 
@@ -145,13 +146,14 @@ class Worker:
                     model.get_parameter(name).mul_(mask)
         return model
 
-    def times(self, rounds: int) -> Row:
-        """Cold, then everything in turns."""
+    def times(self, rounds: int, seconds: float = 0.0) -> Row:
+        """Cold, then everything in turns: at least so many, and for so long, since short times vary more."""
         self.row["cold"], _ = timed(self.speedup, self.copied(), False)
         found: dict[str, list[float]] = defaultdict(list)
         stages: dict[str, list[float]] = defaultdict(list)
         peers = {name: run for name, run in RUN_PEER.items() if version_of(PEERS[name])}
-        for _ in range(rounds):
+        start = time.perf_counter()
+        while (turns := len(found["warm"])) < rounds or (turns < MOST_TURNS and time.perf_counter() - start < seconds):
             forward(self.model, self.subject)  # warms up what the other tools have cooled down
             found["forward"].append(timed(forward, self.model, self.subject)[0])
             found["copy"].append(timed(copy_parameters, self.model)[0])
@@ -177,6 +179,7 @@ class Worker:
                 self.row[key] = statistics.median(values)
             elif key in peers:
                 self.row["peers"][key]["seconds"] = statistics.median(values)
+        self.row["turns"] = len(found["warm"])
         self.row["stages"] = {stage: statistics.median(values) for stage, values in stages.items()}
         return self.row
 
@@ -218,12 +221,13 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def work(name: str, what: str, rounds: int, threads: int) -> None:
+def work(name: str, what: str, arguments: argparse.Namespace) -> None:
     """One model, told to the parent as a line of JSON."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     worker = Worker(name)
-    print("RESULT " + json.dumps(worker.memory() if what == "memory" else worker.times(rounds)), flush=True)
+    found = worker.memory() if what == "memory" else worker.times(arguments.rounds, arguments.seconds)
+    print("RESULT " + json.dumps(found), flush=True)
 
 
 # --- the parent -------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def work(name: str, what: str, rounds: int, threads: int) -> None:
 def measure(name: str, what: str, arguments: argparse.Namespace) -> Row:
     """Run one worker; what it says, or why it failed."""
     command = [sys.executable, "-m", "benchmarks.engine", "--worker", name, what]
-    command += ["--rounds", str(arguments.rounds), "--threads", str(arguments.threads)]
+    command += [f"--{key}={getattr(arguments, key)}" for key in ("rounds", "seconds", "threads")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(EXACT_MEMORY if what == "memory" else {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     for line in done.stdout.splitlines():
@@ -285,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, metavar="MODEL", help=", ".join(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=7, help="turns that each tool has (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="of turns at least (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="three models, two rounds, time alone")
     parser.add_argument("--ratio", action="store_true", help="print ResNet-50's ratio and stop")
@@ -294,13 +299,13 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(*arguments.worker, arguments.rounds, arguments.threads)
+        work(*arguments.worker, arguments)
         return
     if arguments.ratio:
         print(ratio(arguments.threads, arguments.rounds))
         return
     if arguments.quick:
-        arguments.rounds, arguments.no_memory = 2, True
+        arguments.rounds, arguments.seconds, arguments.no_memory = 2, 0, True
     whole = not (arguments.quick or arguments.models)
     if arguments.table_only:
         page.write()

@@ -24,8 +24,10 @@ def section(results: Row) -> Iterator[str]:
     yield from _summary(models, results["peers"])
     yield "### Time"
     yield ""
-    yield f"Seconds, medians of {results['rounds']} turns. *Cold* is the first speedup of a process, which loads code;"
-    yield "*warm* a later one; *verified* a warm one that compares its result with the masked model. All others do not."
+    turns = sorted({row.get("turns", results["rounds"]) for row in models.values()}) or [results["rounds"]]
+    several = " to ".join(map(str, dict.fromkeys((turns[0], turns[-1]))))
+    yield f"Seconds, medians of {several} turns. *Cold* is the first speedup of a process, which loads code; *warm* a"
+    yield "later one; *verified* a warm one that compares its result with the masked model. All others do not."
     yield ""
     yield from _time(models, results["peers"])
     yield "Stages of a warm speedup, in milliseconds:"
