@@ -8,12 +8,18 @@
 Half of every coupled group of channels and half of the heads leave (L1 norm, ``maskprop.pruning``); with
 ``channel_multiple`` of 8, 16 or 64 a few more stay, so that the widths suit the hardware. *Natively thin* is the same
 architecture built from new modules at the compact widths: a compact model should be as fast, since it is the same work.
-Whether it is, is also told without a clock: by comparing the ATen calls of both.
+Whether it is, is also told without a clock: by comparing the ATen calls of both. And since a clock tells even two equal
+models apart, a second natively thin model, the *control*, shows by how much.
 
-Each model runs in a process of its own. Within a setting (device, mode, dtype, layout, batch) dense, compact and thin
-take turns, so that a machine that slows down slows all of them; shown are medians of the turns and the distance
-between their quartiles. GPU times are taken with CUDA events. A run replaces its own rows in the results and keeps
-the others, so that a long list can be measured in parts.
+Each model runs in a process of its own. Within a setting (device, mode, dtype, layout, batch) dense, compact, thin and
+control take turns, in an order that is drawn anew each time, so that a machine that slows down slows all of them; shown
+are medians of the turns and the distance between their quartiles, and of two models the median of their ratios within
+the turns, with a 95 % interval of it (McGill, Tukey & Larsen, 1978). GPU times are taken with CUDA events. A run
+replaces its own rows in the results and keeps the others, so that a long list can be measured in parts.
+
+Freed memory stays with the process, as in one that serves a model all day. By default the C library hands every large
+activation back to the system, whose clearing of new pages then takes most of a CNN's time at larger batches (160,000
+page faults a pass of MobileNetV2 at batch 32, which took 2.6 times as long), whatever the model computes.
 """
 
 from __future__ import annotations
@@ -23,12 +29,13 @@ import copy
 import gc
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,80 +44,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import page
+from .clock import clocked, clocks, memory_of, share_of_products
 from .latency_table import tables
-from .machine import describe, peak_memory
+from .machine import KEPT_MEMORY, describe
 from .subjects import SUBJECTS, Subject
+from .thin import RATIO, calls, compact, natively_thin
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "latency.json"
 QUICK = ("ResNet-18", "MobileNetV2")
-RATIO = 0.5
+FEWEST_TURNS = 5
 Row = dict[str, Any]
 
 #: What tells one measurement from another.
 KEY = ("model", "kind", "multiple", "device", "mode", "dtype", "layout", "batch")
 
 
-# --- the models -------------------------------------------------------------------------------------------
-
-
-def compact(subject: Subject, multiple: int) -> nn.Module:
-    """The model with half of its units gone, in multiples of ``multiple``."""
-    from maskprop import ModelSpeedup
-    from maskprop.pruning import L1NormPruner
-
-    model = subject.build()
-    inputs = subject.inputs()
-    masks = L1NormPruner(model, RATIO, dummy_input=inputs, ignore=_heads(model), channel_multiple=multiple).update()
-    return ModelSpeedup(model, inputs, masks, channel_multiple=multiple, verify=False).speedup_model()
-
-
-def _heads(model: nn.Module) -> list[str]:
-    """The last layer, whose rows are the classes."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
-
-
-def natively_thin(model: nn.Module) -> nn.Module:
-    """The same architecture out of new modules of the compact sizes, with the same values."""
-    thin = copy.deepcopy(model)
-    thin.__dict__.pop("_maskprop_record", None)
-    for name, module in list(thin.named_modules()):
-        build = next((_BUILD[t] for t in type(module).__mro__ if t in _BUILD and type(module) is t), None)
-        if build is None or not name:
-            continue
-        new = build(module).to(next(module.parameters()))
-        new.load_state_dict(module.state_dict())
-        parent, _, key = name.rpartition(".")
-        setattr(thin.get_submodule(parent), key, new.train(module.training))
-    return thin
-
-
-def _conv(m: Any) -> nn.Module:
-    return type(m)(
-        m.in_channels,
-        m.out_channels,
-        m.kernel_size,
-        m.stride,
-        m.padding,
-        dilation=m.dilation,
-        groups=m.groups,
-        bias=m.bias is not None,
-        padding_mode=m.padding_mode,
-    )
-
-
-_BUILD: dict[type, Callable[[Any], nn.Module]] = {
-    nn.Linear: lambda m: nn.Linear(m.in_features, m.out_features, m.bias is not None),
-    nn.Conv2d: _conv,
-    nn.BatchNorm2d: lambda m: nn.BatchNorm2d(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats),
-    nn.LayerNorm: lambda m: nn.LayerNorm(m.normalized_shape, m.eps, m.elementwise_affine, m.bias is not None),
-    nn.Embedding: lambda m: nn.Embedding(m.num_embeddings, m.embedding_dim, m.padding_idx),
-}
+# --- the inputs -------------------------------------------------------------------------------------------
 
 
 def batch_of(subject: Subject, size: int, device: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
@@ -143,78 +96,6 @@ def count_flops(model: nn.Module, inputs: dict[str, Any]) -> int:
     return int(counter.get_total_flops())
 
 
-class _Calls(TorchDispatchMode):
-    """Notes every ATen call: the op, and its arguments; of tensors shape, strides, dtype and alignment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple[str, list[Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments, _ = tree_flatten((args, kwargs or {}))
-        self.made.append((str(func), [_seen(a) for a in arguments]))
-        return func(*args, **(kwargs or {}))
-
-
-def _seen(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return tuple(value.shape), value.stride(), value.dtype, value.data_ptr() % 64
-
-
-def calls(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, list[Any]]]:
-    """The ATen calls of one forward pass: where two models make the same ones, a clock cannot tell them apart."""
-    with torch.no_grad(), _Calls() as noted:
-        call(model, inputs)
-    return noted.made
-
-
-# --- the clock --------------------------------------------------------------------------------------------
-
-
-def clocked(run: Callable[[], Any], device: str, seconds: float) -> float:
-    """Seconds of a call, over about ``seconds`` of calls."""
-    once = _elapsed(run, device, 1)
-    return _elapsed(run, device, max(1, min(1000, int(seconds / max(once, 1e-6)))))
-
-
-def _elapsed(run: Callable[[], Any], device: str, times: int) -> float:
-    if device != "cuda":
-        start = time.perf_counter()
-        for _ in range(times):
-            run()
-        return (time.perf_counter() - start) / times
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    first.record()
-    for _ in range(times):
-        run()
-    last.record()
-    torch.cuda.synchronize()
-    return float(first.elapsed_time(last)) / 1e3 / times
-
-
-def memory_of(run: Callable[[], Any], device: str) -> int | None:
-    """Bytes that one call takes at most on top of the model."""
-    if device != "cuda":
-        return peak_memory(run)[1]
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated() - before)
-
-
-def clocks() -> str | None:
-    """Clocks of the GPU as they are now."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 # --- the worker: one model, one process -------------------------------------------------------------------
 
 
@@ -227,13 +108,14 @@ def work(name: str, options: argparse.Namespace) -> None:
     for multiple in options.multiples:
         models["compact", multiple] = compact(subject, multiple)
         models["thin", multiple] = natively_thin(models["compact", multiple])
+    models["control", options.multiples[0]] = natively_thin(models["compact", options.multiples[0]])
     sample = batch_of(subject, 1, "cpu", next(models["dense", 1].parameters()).dtype, "contiguous")
     facts = {
         key: {"flops": count_flops(model, sample), "parameters": sum(p.numel() for p in model.parameters())}
         for key, model in models.items()
     }
     for multiple in options.multiples:
-        pair = [calls(models[kind, multiple], sample) for kind in ("compact", "thin")]
+        pair = [calls(lambda m=models[kind, multiple]: call(m, sample)) for kind in ("compact", "thin")]
         facts["compact", multiple] |= {"calls": len(pair[0]), "same_calls": pair[0] == pair[1]}
     for device, dtype, layout in settings(name, options):
         placed = {key: place(model, device, dtype, layout) for key, model in models.items()}
@@ -257,8 +139,11 @@ def settings(name: str, options: argparse.Namespace) -> Iterator[tuple[str, str,
 
 
 def place(model: nn.Module, device: str, dtype: str, layout: str) -> nn.Module:
-    """A copy of the model where and how it is to run."""
-    model = copy.deepcopy(model).to(device=device, dtype=getattr(torch, dtype))
+    """The model where and how it is to run; a copy, if it is not so already."""
+    wanted, first = getattr(torch, dtype), next(model.parameters())
+    if (first.device.type, first.dtype, "contiguous") == (device, wanted, layout):
+        return model
+    model = copy.deepcopy(model).to(device=device, dtype=wanted)
     return model.to(memory_format=torch.channels_last) if layout == "channels_last" else model  # type: ignore[call-overload]
 
 
@@ -268,30 +153,45 @@ def measure(
     """Times of all models in turns, or why a model does not run."""
     device, dtype = setting["device"], getattr(torch, setting["dtype"])
     inputs = batch_of(subject, setting["batch"], device, dtype, setting["layout"])
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in models}
+    run = {key: lambda m=model: call(m, inputs) for key, model in models.items()}
     found: dict[tuple[str, int], Row] = {}
+    times: dict[tuple[str, int], list[float]] = {}
     with torch.inference_mode():
-        for key, model in models.items():
+        for key, once in run.items():
             try:
-                for _ in range(3):
-                    call(model, inputs)
-                found[key] = {"memory": memory_of(lambda m=model: call(m, inputs), device)}
+                once()
+                found[key] = {"memory": memory_of(once, device)}
+                if setting["mode"] == "eager":
+                    found[key]["products"] = share_of_products(once, device)
+                once()
+                times[key] = []
             except Exception as error:  # too little memory, no compiler: it belongs in the results
                 found[key] = {"failure": f"{type(error).__name__}: {error}"[:300]}
+        order, drawn, start = list(times), random.Random(0), time.perf_counter()
         gc.disable()
-        for turn in range(options.rounds):  # to and fro: who comes behind the dense model has colder caches
-            for key, model in list(models.items())[:: -1 if turn % 2 else 1]:
-                if "failure" not in found[key]:
-                    times[key].append(clocked(lambda m=model: call(m, inputs), device, options.seconds))
+        for turn in range(options.rounds):
+            if turn >= FEWEST_TURNS and time.perf_counter() - start > options.patience:
+                break
+            drawn.shuffle(order)
+            for key in order:
+                times[key].append(clocked(run[key], device, options.seconds))
         gc.enable()
-    for key, values in times.items():
-        if values:
-            low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-            found[key] |= {"seconds": middle, "spread": (high - low) / middle, "rounds": len(values)}
-            found[key]["throughput"] = setting["batch"] / middle
-            if device == "cuda":
-                found[key]["clocks"] = clocks()
+    for (kind, multiple), values in times.items():
+        row = found[kind, multiple]
+        low, middle, high = quartiles(values)
+        row |= {"seconds": middle, "spread": (high - low) / middle, "rounds": len(values)}
+        row["throughput"] = setting["batch"] / middle
+        if kind in ("compact", "control") and ("thin", multiple) in times:
+            low, middle, high = quartiles([a / b for a, b in zip(values, times["thin", multiple], strict=True)])
+            row |= {"to_thin": middle, "to_thin_error": 1.57 * (high - low) / len(values) ** 0.5}
+        if device == "cuda":
+            row["clocks"] = clocks()
     return found
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The three of them."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 # --- the parent -------------------------------------------------------------------------------------------
@@ -302,9 +202,9 @@ def collect(name: str, options: argparse.Namespace) -> Iterator[Row]:
     command = [sys.executable, "-m", "benchmarks.latency", "--worker", name]
     for key in ("devices", "modes", "dtypes", "layouts", "batches", "multiples"):
         command += [f"--{key}", *map(str, getattr(options, key))]
-    for key in ("threads", "rounds", "seconds"):
+    for key in ("threads", "rounds", "seconds", "patience"):
         command += [f"--{key}", str(getattr(options, key))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **KEPT_MEMORY}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=options.timeout
@@ -343,8 +243,14 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["contiguous"], choices=["contiguous", "channels_last"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256] if on_gpu else [1, 32])
     parser.add_argument("--multiples", nargs="+", type=int, default=[1, 8, 16, 64], help="of channels that stay")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that each model has (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=25, help="turns that each model has (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a turn (default: %(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60,
+        help=f"seconds of a setting after which {FEWEST_TURNS} turns are enough (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one model (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two models on the CPU, printed alone")
@@ -359,7 +265,7 @@ def main() -> None:
         return
     if options.quick:
         options.models, options.devices, options.batches = QUICK, ["cpu"], [1, 8]
-        options.multiples, options.rounds, options.seconds = [1, 8], 3, 0.05
+        options.multiples, options.rounds, options.seconds = [1, 8], 5, 0.05
     torch.set_num_threads(options.threads)
     machine = describe()
     machine["name"] = torch.cuda.get_device_name() if "cuda" in options.devices else machine["processor"]

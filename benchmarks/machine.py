@@ -20,6 +20,9 @@ T = TypeVar("T")
 #: Small blocks are mapped and handed back one by one, so that the resident size says what is in use.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
+#: Freed memory stays with the process: large blocks come from the heap, too, and the heap is not handed back.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
+
 
 def describe() -> dict[str, Any]:
     """Processor, cores, memory and versions; the load says whether the machine was quiet."""

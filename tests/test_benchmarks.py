@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import nn
 from benchmarks import coverage, engine, latency, machine, scaling, zoo_peer_table
 from benchmarks.coverage_table import write_table
 from benchmarks.engine_table import section
+from benchmarks.latency_table import tables
 from benchmarks.subjects import SUBJECTS, half, rows
+from benchmarks.thin import calls, natively_thin
 from maskprop import load_masks
 from tests.small import compact, dense, inputs
 
@@ -97,6 +100,38 @@ def test_page_of_the_scaling() -> None:
     assert "Bytes grow with the graph nodes to the power of **2.00**" in text
 
 
+def test_page_of_the_latency() -> None:
+    setting = {"device": "cpu", "mode": "eager", "dtype": "float32", "layout": "contiguous", "batch": 1}
+    common = {**setting, "model": "a", "machine": "m", "multiple": 1, "memory": 1e6, "spread": 0.1, "throughput": 9.0}
+    rows = [
+        {**common, "kind": "dense", "seconds": 4.0, "flops": 400, "products": 0.75},
+        {**common, "kind": "compact", "seconds": 2.0, "flops": 100, "products": 0.5, "same_calls": True},
+        {**common, "kind": "thin", "seconds": 1.9, "flops": 100},
+        {**common, "kind": "control", "seconds": 1.9, "flops": 100, "to_thin": 0.999, "to_thin_error": 0.004},
+    ]
+    rows[1] |= {"to_thin": 1.05, "to_thin_error": 0.01}
+    text = "\n".join(tables({"rows": rows}))
+    assert "Compact against natively thin: 0 of 1 measurements within 3%" in text
+    assert "Further apart than 3% by more than the interval says: 1." in text
+    assert "As a control, a second natively thin model against natively thin: 1 of 1" in text
+    # of 4 s, 3 s in products; of 2 s, 1 s: three times as fast, and the rest as fast as before
+    assert "| 1.050 ± 0.010 | 0.999 ± 0.004 | 4.00 | **2.00** | 0.50 | 75% | 3.00 | 1.00 |" in text
+
+
+def test_models_are_compared_within_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([4.0, 2.0, 1.0] * 3)
+    monkeypatch.setattr(latency, "clocked", lambda run, device, least: next(seconds))
+    monkeypatch.setattr(latency.random.Random, "shuffle", lambda self, order: None)
+    models = {(kind, 1): nn.Conv2d(3, 4, 3) for kind in ("dense", "compact", "thin")}
+    setting = {"device": "cpu", "mode": "eager", "dtype": "float32", "layout": "contiguous", "batch": 2}
+    options = argparse.Namespace(rounds=3, patience=60, seconds=0.1)
+    found = latency.measure(models, SUBJECTS["MobileNetV2"], setting, options)
+    assert found["compact", 1]["to_thin"] == 2.0
+    assert found["dense", 1]["throughput"] == 0.5
+    assert 0 < found["dense", 1]["products"] <= 1
+    assert "to_thin" not in found["thin", 1]
+
+
 def test_a_worker_measures_and_tells_why_a_peer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(model: nn.Module, subject: Any) -> None:
         raise TypeError("no")
@@ -169,6 +204,10 @@ def test_a_compact_model_does_the_work_of_a_thin_one(name: str) -> None:
     small = compact(name)
     given = inputs(name)
     sample = given if isinstance(given, dict) else {"": given}
-    made = latency.calls(small, sample)
-    assert made == latency.calls(latency.natively_thin(small), sample)
-    assert made != latency.calls(dense(name), sample)
+
+    def made_by(model: nn.Module) -> list[Any]:
+        return calls(lambda: latency.call(model, sample))
+
+    made = made_by(small)
+    assert made == made_by(natively_thin(small))
+    assert made != made_by(dense(name))
