@@ -30,7 +30,7 @@ from maskprop._torchvision import import_torchvision
 from maskprop.align.plan import Plan
 from maskprop.errors import LoadError, MissingExtraError, SaveError
 from maskprop.graph.paths import lineage
-from maskprop.rewrite.dead import Constant
+from maskprop.rewrite.constant import Constant
 from maskprop.rewrite.steps import apply_record, obstacles, read_record, sub_record
 from maskprop.rewrite.verify import compare_outputs, run_model
 from maskprop.storage import PathLike, to_text

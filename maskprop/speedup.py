@@ -20,7 +20,6 @@ from maskprop.errors import (
     MaskpropError,
     NonFiniteError,
     OptionError,
-    RewriteError,
     StageError,
     UnverifiedWarning,
     VerifyError,
@@ -39,6 +38,7 @@ from maskprop.masks import Masks, MasksLike, load_masks, prune_masks_removed
 from maskprop.modules import modules_by_path, named_tensors
 from maskprop.reasons import Explanation
 from maskprop.report import Report
+from maskprop.rewrite.attempts import carry_out
 from maskprop.rewrite.custom import Customs, LeafMasks, ReplaceFunction, Replacer, leaf_masks
 from maskprop.rewrite.dead import DeadLayer, constants_held, find_dead
 from maskprop.rewrite.edits import Edits, renew_gradients, tensor_of
@@ -243,7 +243,7 @@ class ModelSpeedup:
             spared,
         )
         try:
-            self.alignment = self._rewrite(repair, alignment, verification)
+            self.alignment = carry_out(repair, alignment, verification, self._stage)
             changes = before.changes(self.model)
             if not self.plan.empty or repair.removed:
                 edits.set_attribute(self.model, RECORD, NewRecord(self.model, before, changes, self.plan))
@@ -252,6 +252,7 @@ class ModelSpeedup:
             raise
         finally:
             self._edits = None
+            self.report.check = None if verification is None else verification.check
         for name, tensor in named_tensors(modules_by_path(self.model)):
             if isinstance(tensor, nn.Parameter) and before.shapes.get(name) != tuple(tensor.shape):
                 renew_gradients(tensor)
@@ -365,42 +366,6 @@ class ModelSpeedup:
                 stacklevel=4,
             )
         return found
-
-    def _rewrite(self, repair: Repair, alignment: Alignment, verification: Verification | None) -> Alignment:
-        """Carry the alignment out and compare; with plainer means where the result turns out wrong."""
-        done, problem = self._attempt(repair, alignment, verification)
-        if problem is not None and repair.dead:
-            log.warning("%s Trying again with the layers of constant branches kept.", problem)
-            repair.edits.rollback()
-            alignment = repair.keep_dead()
-            done, problem = self._attempt(repair, alignment, verification)
-        means = ("may_name", repair.unread), ("may_generate", repair.generated)
-        for switch, used in means:
-            if problem is not None and used:
-                log.warning("%s Trying again with %s=False.", problem, switch)
-                repair.edits.rollback()
-                setattr(repair, switch, False)
-                done, problem = self._attempt(repair, alignment, verification)
-        if problem is not None:
-            raise problem
-        return done
-
-    def _attempt(
-        self, repair: Repair, alignment: Alignment, verification: Verification | None
-    ) -> tuple[Alignment, MaskpropError | None]:
-        with self._stage("rewrite"):
-            try:
-                done = repair.run(alignment)
-            except RewriteError as error:
-                if not repair.dead:
-                    raise
-                return alignment, error
-        if verification is None:
-            return done, None
-        with self._stage("verify"):
-            problem = verification.problem(repair.edits, done, bool(repair.generated))
-            self.report.check = verification.check
-        return done, problem
 
     def explain(self, name: str, axis: int = 0) -> Explanation:
         """Why each unit of a parameter left or stayed.

@@ -15,7 +15,7 @@ import maskprop
 from benchmarks.zoo.check import count_parameters, masked_reference
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
-from maskprop.rewrite.dead import Constant
+from maskprop.rewrite.constant import Constant
 from tests.small import TOLERANCE, error
 
 

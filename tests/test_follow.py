@@ -15,7 +15,8 @@ from benchmarks.zoo.maskings import make_masks
 from benchmarks.zoo.randomise import randomise
 from maskprop import ModelSpeedup
 from maskprop.rewrite import replay
-from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.mismatch import Mismatch
+from maskprop.rewrite.replay import Replay
 
 CASES = [
     ("res_net", "constants"), ("inverted_residual", "zeros"), ("dense_net", "conflicts"), ("gpt2", "heads_out"),

@@ -19,7 +19,7 @@ from maskprop.graph.trace import split_inputs, trace
 from maskprop.infer.facts import Fact
 from maskprop.infer.sweep import Inference
 from maskprop.masks import load_masks
-from maskprop.rewrite.dead import Constant
+from maskprop.rewrite.constant import Constant
 
 TOLERANCE = 1e-9  # float64, so that nothing hides behind rounding
 

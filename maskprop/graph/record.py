@@ -36,9 +36,6 @@ _QUERIES = {
 
 _DEVICE = torch.ops.prim.device.default
 
-# Methods that give Python what a tensor holds, and call no op for it.
-_READERS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "storage")
-
 CALL = "_compiled_call_impl"
 
 _Place = tuple[str, int, type]
@@ -142,28 +139,11 @@ class Recorder(TorchDispatchMode):
                 if compiled is not None:
                     attributes[CALL] = compiled
 
-    @contextmanager
-    def noting_readers(self) -> Iterator[None]:
-        """Note which values Python reads where no op shows it."""
-
-        def noting(method: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(method)
-            def reader(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-                value = self._values.get(id(tensor))
-                if value is not None:
-                    self._note_read(value.current(self._emit))
-                return method(tensor, *args, **kwargs)
-
-            return reader
-
-        own = {name: vars(Tensor).get(name) for name in _READERS}
-        for name in _READERS:
-            setattr(Tensor, name, noting(getattr(Tensor, name)))
-        try:
-            yield
-        finally:
-            for name, method in own.items():
-                delattr(Tensor, name) if method is None else setattr(Tensor, name, method)
+    def note_tensor_read(self, tensor: Tensor) -> None:
+        """Note that Python reads a value where no op shows it."""
+        value = self._values.get(id(tensor))
+        if value is not None:
+            self._note_read(value.current(self._emit))
 
     def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module."""

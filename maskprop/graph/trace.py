@@ -22,6 +22,7 @@ from maskprop.graph.randomness import generators_kept
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import as_fake
 from maskprop.graph.structure import map_each_once, map_tensors, tensors_in
+from maskprop.graph.wrapping import Function, noting_readers, wrapped
 from maskprop.modules import modules_by_path
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
             recorder.add_input(tensor, f"input_{i}_" + "".join(c if c.isalnum() else "_" for c in path))
         args, kwargs = inputs
         if recorder.graph.concrete:
-            stack.enter_context(recorder.noting_readers())
+            stack.enter_context(noting_readers(recorder.note_tensor_read))
         try:
             with recorder.module_paths(), recorder:
                 output = model(*args, **kwargs)
@@ -230,26 +231,12 @@ def plain_kernels() -> Iterator[None]:
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             _no_mkldnn(),
             torch.backends.cudnn.flags(enabled=False),
-            _wrapped(torch, "batch_norm", _chosen_batch_norm),
-            _wrapped(F, "scaled_dot_product_attention", _groups_repeated),
+            wrapped(torch, "batch_norm", _chosen_batch_norm),
+            wrapped(F, "scaled_dot_product_attention", _groups_repeated),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-Function = Callable[..., Any]
-
-
-@contextmanager
-def _wrapped(home: Any, name: str, wrap: Callable[[Function], Function]) -> Iterator[None]:
-    """Another function in the place of one, for a while."""
-    before = getattr(home, name)
-    setattr(home, name, wrap(before))
-    try:
-        yield
-    finally:
-        setattr(home, name, before)
 
 
 def _chosen_batch_norm(choose: Function) -> Function:

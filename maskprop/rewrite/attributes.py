@@ -20,8 +20,9 @@ from maskprop.graph.paths import lineage
 from maskprop.modules import modules_by_path
 from maskprop.rewrite.apply import CONFIGS
 from maskprop.rewrite.authored import names_read
+from maskprop.rewrite.mismatch import Mismatch
 from maskprop.rewrite.patched import patched_settings
-from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.replay import Replay
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,52 +24,12 @@ from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
 from maskprop.modules import modules_by_path
+from maskprop.rewrite.constant import Constant, Window, shape_of_constant
 from maskprop.rewrite.edits import Edits
 
 log = logging.getLogger(__name__)
 
 _ROUNDING = 1e-12, 1e-12  # relative and absolute, of what kernels compute in float64 at each place
-Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-class Constant(nn.Module):
-    """What is left of a layer whose output is the same for every input: its shape, and a bias.
-
-    Attributes:
-        axis: of the channels in the output, counted from the end.
-        size: how many there are.
-        window: kernel, stride, padding and dilation along the spatial axes (a convolution's), or ``None`` where
-            the output is as large as the input.
-        bias: ``(size,)``, what the layer puts out; without one it is zero.
-    """
-
-    axis: int
-    size: int
-    window: Window | None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The constant, as large as the layer's output for the first tensor among the arguments."""
-        like = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        shape = _shape(like.shape, self.axis, self.size, self.window)
-        bias = getattr(self, "bias", None)
-        if bias is None:
-            return like.new_zeros(shape)
-        column: Tensor = bias.reshape(-1, *[1] * (-1 - self.axis))
-        return column.expand(shape).clone()
-
-    def extra_repr(self) -> str:
-        """Its size."""
-        return f"{self.size}, axis={self.axis}"
-
-
-def _shape(like: Sequence[int], axis: int, size: int, window: Window | None) -> list[int]:
-    """The shape of what a constant puts out, by that of what it is given."""
-    shape = list(like)
-    shape[axis] = size
-    if window is not None:
-        for i, (kernel, stride, padding, dilation) in enumerate(zip(*window, strict=True), axis + 1):
-            shape[i] = (shape[i] + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    return shape
 
 
 def find_dead(
@@ -223,7 +182,7 @@ class DeadLayer:
                 except Exception as error:  # whatever an author's layer raises
                     log.info("'%s' does not take an input of shape %s: %s", self.path, longer, error)
                     return False
-                if shape != _shape(longer, self.axis, self.size, self.window):
+                if shape != shape_of_constant(longer, self.axis, self.size, self.window):
                     return False
         return True
 
@@ -359,7 +318,7 @@ def _fits(axis: int, window: Window | None, results: Sequence[fx.Node], sources:
             return False
         if not 1 <= -axis <= len(made.shape) or len(given.shape) != len(made.shape):
             return False
-        if _shape(given.shape, axis, made.shape[axis], window) != list(made.shape):
+        if shape_of_constant(given.shape, axis, made.shape[axis], window) != list(made.shape):
             return False
     return True
 

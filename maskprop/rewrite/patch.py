@@ -37,8 +37,9 @@ from maskprop.rewrite.calls import Arguments
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.frames import Frame, Frames, PlaceRecorder, has_author
 from maskprop.rewrite.generate import attention_scale
+from maskprop.rewrite.mismatch import Mismatch
 from maskprop.rewrite.patched import FILLED, patched_class, slices_of
-from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.replay import Replay
 
 log = logging.getLogger(__name__)
 

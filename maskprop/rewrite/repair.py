@@ -31,9 +31,10 @@ from maskprop.rewrite.calls import recorded_calls
 from maskprop.rewrite.dead import DeadLayer, find_dead, forget_dead, remove_dead
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generate import generate_forwards
+from maskprop.rewrite.mismatch import Mismatch
 from maskprop.rewrite.patch import patch_forwards
 from maskprop.rewrite.patched import patched_settings
-from maskprop.rewrite.replay import Mismatch, Replay
+from maskprop.rewrite.replay import Replay
 from maskprop.rewrite.roots import apply_roots, root_patches
 from maskprop.rewrite.training import follow_training
 from maskprop.rewrite.unread import unread_attributes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from maskprop.graph.trace import Inputs, trace_partial
 from maskprop.infer.op import Op
 from maskprop.rewrite.arguments import number_arguments, settings_of, size_positions
 from maskprop.rewrite.follow import follows
+from maskprop.rewrite.mismatch import Mismatch
 from maskprop.rewrite.recorded import (
     BOUNDED,
     LAYOUT,
@@ -40,32 +40,6 @@ from maskprop.rewrite.recorded import (
 )
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """The first op that is not what the plan expects.
-
-    Attributes:
-        index: progress: where the op stands among the dense ones.
-        path: module path.
-        op: the dense op, or ``None`` past the end.
-        wanted, actual: shapes or scalar arguments.
-        error: what ``forward`` raised there, if it did.
-        got: the compact op, if there is one.
-    """
-
-    index: int
-    path: str
-    op: fx.Node | None
-    wanted: Any
-    actual: Any
-    error: str = ""
-    got: fx.Node | None = None
-
-    def __str__(self) -> str:
-        at = f"{self.op.target} in '{self.path}'" if self.op is not None else f"'{self.path}'"
-        return f"{at}: expected {self.wanted}, got {self.actual}" + (f" ({self.error})" if self.error else "")
 
 
 class Replay:

@@ -24,7 +24,7 @@ from maskprop.modules import modules_by_path, named_tensors
 from maskprop.rewrite.apply import apply_tensors
 from maskprop.rewrite.attention import CompactMultiheadAttention
 from maskprop.rewrite.authored import NoSource, Patch
-from maskprop.rewrite.dead import Constant
+from maskprop.rewrite.constant import Constant
 from maskprop.rewrite.edits import Edits
 from maskprop.rewrite.generated import build_class
 from maskprop.rewrite.patched import patched_class
