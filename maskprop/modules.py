@@ -48,3 +48,8 @@ def named_tensors(modules: Mapping[str, nn.Module], bare: bool = False) -> Itera
         dot = path + "." if path else ""
         for name, tensor in _own(module, bare):
             yield dot + name, tensor
+
+
+def of_torch(kind: type[nn.Module]) -> bool:
+    """Whether a module's forward is torch's own."""
+    return str(getattr(kind.forward, "__module__", None)).startswith("torch.nn.modules.")  # made by exec, it has none

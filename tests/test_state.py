@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.check import masked_reference, relative_error
 from maskprop import ModelSpeedup
+from maskprop.errors import TraceError
 
 
 class Remembering(nn.Module):
@@ -113,3 +114,77 @@ def test_buffers_of_any_layout_are_left_as_they_are() -> None:
     x = torch.randn(5, 6)
     assert model.near is near
     assert relative_error(model(x), reference(x)) <= 1e-6
+
+
+class Streaming(nn.Module):
+    """Keeps something of each call in a plain attribute, by one of the ``FORMS``."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.head, self.form = nn.Linear(6, 8), nn.Linear(8, 3), form
+        self.last: Any = None
+        self.all: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(getattr(self, self.form)(x, y))
+
+    def state(self, x: Tensor, y: Tensor) -> Tensor:
+        before = torch.zeros_like(y) if self.last is None else self.last
+        self.last = torch.tanh(y + before)
+        return y + before
+
+    def pair(self, x: Tensor, y: Tensor) -> Tensor:
+        before = 0.0 if self.last is None else self.last[1]
+        self.last = torch.ones(8), y.chunk(2)[0]
+        return y + before
+
+    def history(self, x: Tensor, y: Tensor) -> Tensor:
+        self.all.append(y)
+        return torch.stack(self.all).mean(0)
+
+    def given(self, x: Tensor, y: Tensor) -> Tensor:
+        before = 0.0 if self.last is None else self.last.mean()
+        self.last = x
+        return y + before
+
+    def growing(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.last is not None and len(self.last) > 1:
+            raise ValueError("two batches")
+        self.last = y if self.last is None else self.last
+        return y + self.last
+
+    def shown(self, x: Tensor, y: Tensor) -> Tensor:
+        self.last = y  # for a hook or a plot: the next call writes over it
+        return y * 2
+
+    def cached(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.last is None:
+            self.last = torch.full((1,), 2.0).double()
+        return y * self.last
+
+
+@pytest.mark.parametrize("tracer", ["auto", "concrete"])
+@pytest.mark.parametrize("form", ["state", "pair", "history", "given", "growing"])
+def test_what_attributes_remember_is_refused(form: str, tracer: str) -> None:
+    model = Streaming(form).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = {"first.weight": torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 1])[:, None]}
+    with pytest.raises(TraceError, match="'all'" if form == "history" else "'last'"):
+        ModelSpeedup(model, torch.rand(2, 6).double(), masks, tracer=tracer).speedup_model()
+    assert model.last is None
+    assert model.all == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["shown", "cached"])
+def test_what_the_next_call_does_not_need_may_be_kept(form: str) -> None:
+    model = Streaming(form).double()
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 1])
+    masks = {"first.weight": mask[:, None].expand(8, 6).double(), "first.bias": mask.double()}
+    reference = masked_reference(model, masks)
+    ModelSpeedup(model, torch.rand(2, 6).double(), masks).speedup_model()
+    assert model.first.out_features == 5
+    for _ in range(2):
+        x = torch.rand(3, 6).double()
+        assert relative_error(model(x), reference(x)) < 1e-12

@@ -96,6 +96,7 @@ class Graph:
         mutated: buffers that ``forward`` writes to.
         renewed: the tensors of :attr:`state` that a call leaves changed, and the nodes of what the next one reads;
             ``None`` where that is not seen.
+        remembered: plain attributes in which ``forward`` keeps what its next call reads.
         hooked: paths of modules whose calls have hooks.
         output_paths: where each output stands in what ``forward`` returns.
         calls: arguments of every module's first call, with nodes in place of tensors.
@@ -112,6 +113,7 @@ class Graph:
     opaque: bool = False
     mutated: set[str] = field(default_factory=set)
     renewed: dict[str, Node | None] = field(default_factory=dict)
+    remembered: list[str] = field(default_factory=list)
     hooked: set[str] = field(default_factory=set)
     output_paths: list[str] = field(default_factory=list)
     calls: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)

@@ -62,6 +62,8 @@ class Recorder(TorchDispatchMode):
         masks: of its parameters, applied where a number is read that depends on them alone.
     """
 
+    looks_back = True  # whether it matters what the model remembers
+
     def __init__(self, model: nn.Module, concrete: bool, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph(fx.Graph(), {}, concrete=concrete)
@@ -138,6 +140,11 @@ class Recorder(TorchDispatchMode):
                 attributes.pop(CALL, None)
                 if compiled is not None:
                     attributes[CALL] = compiled
+
+    def node_of(self, tensor: Tensor) -> fx.Node | None:
+        """The node of a tensor that a recorded call was given or made; ``None`` of any other."""
+        made = id(tensor) in self._values or id(tensor) in self._unread
+        return self._node(tensor) if made else None
 
     def note_tensor_read(self, tensor: Tensor) -> None:
         """Note that Python reads a value where no op shows it."""

@@ -6,6 +6,7 @@ import functools
 import logging
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,12 +19,13 @@ from torch._subclasses import FakeTensorMode
 from maskprop.errors import DummyInputError, MaskpropError, TraceError
 from maskprop.graph.caches import caches_emptied
 from maskprop.graph.graph import Graph
+from maskprop.graph.memory import Memory, remembered
 from maskprop.graph.randomness import generators_kept
 from maskprop.graph.record import Recorder
 from maskprop.graph.shapes import as_fake
 from maskprop.graph.structure import map_each_once, map_tensors, tensors_in
 from maskprop.graph.wrapping import Function, noting_readers, wrapped
-from maskprop.modules import modules_by_path
+from maskprop.modules import modules_by_path, of_torch
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ def trace(
 
     Raises:
         DummyInputError: ``forward`` fails on the input.
-        TraceError: the chosen tracer cannot run the model, or its graph is malformed.
+        TraceError: the chosen tracer cannot run the model, its graph is malformed, or ``forward`` remembers in plain
+            attributes what the next call reads.
     """
     if callable(tracer):
         try:
@@ -176,17 +179,27 @@ def record(recorder: Recorder, model: nn.Module, inputs: Inputs) -> Graph:
         args, kwargs = inputs
         if recorder.graph.concrete:
             stack.enter_context(noting_readers(recorder.note_tensor_read))
+        memory = Memory(model) if recorder.looks_back and not recorder.graph.training else None
         try:
             with recorder.module_paths(), recorder:
                 output = model(*args, **kwargs)
         except Exception as error:
             error._maskprop_recorder = recorder  # type: ignore[attr-defined]
             raise
+        if memory is not None:
+            recorder.graph.remembered = remembered(memory, recorder, model, inputs)
         return recorder.finish(list(tensors_in(output)))
 
 
 def _checked(graph: Graph) -> Graph:
     graph.check()
+    if graph.remembered:
+        names = ", ".join(f"'{name}'" for name in graph.remembered)
+        raise TraceError(
+            f"forward keeps what it computes of its inputs in {names}, and reads it in its next call: one call does "
+            "not show what the model computes. The model is unchanged. Keep it in a buffer that is there from the "
+            "start, or pass it in and out."
+        )
     return graph
 
 
@@ -288,12 +301,7 @@ def _no_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def of_torch(kind: type[nn.Module]) -> bool:
-    """Whether a module's forward is torch's own."""
-    return str(getattr(kind.forward, "__module__", None)).startswith("torch.nn.modules.")  # made by exec, it has none
-
-
-_TABLES = {dict, set}
+_TABLES = {dict, set, list, deque}
 
 
 @contextmanager
@@ -334,15 +342,15 @@ def frozen_state(model: nn.Module) -> Iterator[None]:
         for table in empty:
             table.clear()
         for table, old in before:
-            if table != old if isinstance(table, set) else not _same(table, old):
+            if not _same(table, old):
                 table.clear()
-                table.update(old)
+                (table.extend if isinstance(table, (list, deque)) else table.update)(old)
 
 
-def _same(table: dict[str, Any], old: dict[str, Any]) -> bool:
+def _same(table: Any, old: Any) -> bool:
     """Whether a table holds the same objects in the same order."""
-    return (
-        len(table) == len(old)
-        and all(map(operator.is_, table.values(), old.values()))
-        and all(map(operator.is_, table, old))
-    )
+    if isinstance(table, set):
+        return bool(table == old)
+    if len(table) != len(old) or not all(map(operator.is_, table, old)):
+        return False
+    return not isinstance(table, dict) or all(map(operator.is_, table.values(), old.values()))

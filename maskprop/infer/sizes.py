@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from maskprop.graph.graph import is_op, shape_of
-from maskprop.graph.trace import of_torch
 from maskprop.infer.facts import Fact, all_over, broadcast_shape, differs_along, everywhere, lead, squash
 from maskprop.infer.parts import LOOKS_UP, other_parts, sized_parts, takes_some, zero_all_along
 from maskprop.infer.places import VIEWS
@@ -28,6 +27,7 @@ from maskprop.infer.rules.movement import Movement, Parts
 from maskprop.infer.rules.pointwise import Uniform
 from maskprop.infer.rules.registry import find_rule
 from maskprop.infer.sweep import Inference
+from maskprop.modules import of_torch
 
 log = logging.getLogger(__name__)
 

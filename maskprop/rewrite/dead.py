@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from maskprop.align.align import Alignment
 from maskprop.graph.graph import Graph, TensorMeta, shape_of
 from maskprop.graph.paths import within
-from maskprop.graph.trace import Inputs, frozen_state, of_torch, quiet, trace_partial
+from maskprop.graph.trace import Inputs, frozen_state, quiet, trace_partial
 from maskprop.infer.facts import Fact, any_over, everywhere
 from maskprop.infer.standin import Held, StandIn
 from maskprop.infer.sweep import Inference
-from maskprop.modules import modules_by_path
+from maskprop.modules import modules_by_path, of_torch
 from maskprop.rewrite.constant import Constant, Window, shape_of_constant
 from maskprop.rewrite.edits import Edits
 

@@ -64,6 +64,8 @@ class _Diverged(Exception):
 class _Follower(Recorder):
     """Binds the compact model's tensors to the nodes of the dense graph."""
 
+    looks_back = False
+
     def __init__(self, model: nn.Module, graph: Graph, replay: Replay) -> None:
         super().__init__(model, concrete=False)
         nodes = graph.nodes
