@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -116,6 +117,14 @@ def test_buffers_of_any_layout_are_left_as_they_are() -> None:
     assert relative_error(model(x), reference(x)) <= 1e-6
 
 
+@dataclass
+class Hidden:
+    """What a call hands to the next one; it refers to itself, as an author's objects may."""
+
+    hidden: list[Tensor]
+    own: Any = None
+
+
 class Streaming(nn.Module):
     """Keeps something of each call in a plain attribute, by one of the ``FORMS``."""
 
@@ -148,6 +157,12 @@ class Streaming(nn.Module):
         self.last = x
         return y + before
 
+    def record(self, x: Tensor, y: Tensor) -> Tensor:
+        before = 0.0 if self.last is None else self.last.hidden[0]
+        self.last = Hidden([y + before])
+        self.last.own = self.last
+        return y + before
+
     def growing(self, x: Tensor, y: Tensor) -> Tensor:
         if self.last is not None and len(self.last) > 1:
             raise ValueError("two batches")
@@ -165,7 +180,7 @@ class Streaming(nn.Module):
 
 
 @pytest.mark.parametrize("tracer", ["auto", "concrete"])
-@pytest.mark.parametrize("form", ["state", "pair", "history", "given", "growing"])
+@pytest.mark.parametrize("form", ["state", "pair", "history", "given", "record", "growing"])
 def test_what_attributes_remember_is_refused(form: str, tracer: str) -> None:
     model = Streaming(form).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -5,6 +5,7 @@ Buffers, and tensors that attributes hold from the start, are values of the grap
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ class Memory:
                 new = before.get(name, _ABSENT) is not value or isinstance(value, _GROWING)
                 if new and name not in TABLES:
                     where = f"{path}.{name}".lstrip(".")
-                    yield from ((where, tensor) for _, tensor in tensors_in(value))
+                    yield from ((where, tensor) for tensor in _tensors(value))
 
 
 class _NextCall(Recorder):
@@ -77,6 +78,18 @@ def remembered(memory: Memory, recorder: Recorder, model: nn.Module, inputs: Any
     except Exception:  # all went well in the first call: what was kept does not fit the second
         return sorted(set(kept.values()))
     return list(following.read)
+
+
+def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in an attribute; not to any depth, since authors' objects may refer to each other."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (tuple, *_GROWING)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part, depth - 1)
+    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for part in list(vars(value).values()) if hasattr(value, "__dict__") else ():
+            yield from _tensors(part, depth - 1)
 
 
 def _made_of_inputs(node: fx.Node | None) -> bool:
