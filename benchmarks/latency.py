@@ -18,8 +18,8 @@ the turns, with a 95 % interval of it (McGill, Tukey & Larsen, 1978). GPU times 
 replaces its own rows in the results and keeps the others, so that a long list can be measured in parts.
 
 Freed memory stays with the process, as in one that serves a model all day. By default the C library hands every large
-activation back to the system, whose clearing of new pages then takes most of a CNN's time at larger batches (160,000
-page faults a pass of MobileNetV2 at batch 32, which took 2.6 times as long), whatever the model computes.
+activation back to the system, whose clearing of new pages then takes most of a CNN's time at larger batches, whatever
+the model computes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Buffers, and tensors that attributes hold from the start, are values of the grap
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from maskprop.graph.functional import Value
 from maskprop.graph.record import Recorder
 from maskprop.graph.structure import map_each_once, tensors_in
 from maskprop.modules import TABLES, modules_by_path, of_torch
+
+log = logging.getLogger(__name__)
 
 _ABSENT = object()
 _GROWING = (list, dict, deque)
@@ -75,7 +78,8 @@ def remembered(memory: Memory, recorder: Recorder, model: nn.Module, inputs: Any
     try:
         with following.module_paths(), following:
             model(*args, **kwargs)
-    except Exception:  # all went well in the first call: what was kept does not fit the second
+    except Exception as error:  # all went well in the first call: what was kept does not fit the second
+        log.info("the second call of forward fails (%s: %s): what the first kept matters", type(error).__name__, error)
         return sorted(set(kept.values()))
     return list(following.read)
 
@@ -88,8 +92,8 @@ def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part, depth - 1)
     elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for part in list(vars(value).values()) if hasattr(value, "__dict__") else ():
-            yield from _tensors(part, depth - 1)
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name, None), depth - 1)
 
 
 def _made_of_inputs(node: fx.Node | None) -> bool:

@@ -213,6 +213,7 @@ class Recorder(TorchDispatchMode):
             node.meta["unread"] = True
 
     def _unread_nodes(self) -> list[fx.Node]:
+        """Implied calls that nothing reads, nor the model's next call: what that will read is told to the graph."""
         found: dict[fx.Node, None] = {}
         self.graph.renewed = dict(self._renewed())
         remembered = set(self.graph.renewed.values())
